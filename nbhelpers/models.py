@@ -1,0 +1,197 @@
+"""Pretrained, teacher, student; which of their weights may be pruned."""
+
+import copy
+import re
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils import logging as hub_logging
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from nbhelpers.profiles import Profile
+from nbhelpers.workspace import sha256
+
+# That a fresh classification head is not in a language model's checkpoint is known here, and said in notebook 01.
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+# A hub out of reach is one clear error, not five lines about retries before it.
+hub_logging.set_verbosity_error()
+
+MINI = Path(__file__).parent / "pretrained"
+LABEL_NAMES = {0: "negative", 1: "positive"}
+BLOCK_WEIGHT = re.compile(r"\.(?:h|layers)\.(\d+)\.(.+)\.weight$")
+
+
+class ModelError(ValueError):
+    """A model that cannot be found, loaded or handled; the message says why and what would do."""
+
+
+def model_source(profile: Profile) -> tuple[str, dict]:
+    """Where ``from_pretrained`` finds a profile's model: a folder or a hub id, and the revision with it."""
+    path = Path(profile.model).expanduser()
+    if profile.model in ("mini", "tiny"):
+        return str(MINI), {}
+    if path.is_dir():
+        return str(path), {}
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", profile.model):
+        return profile.model, {"revision": profile.model_revision}
+    raise ModelError(f"model {profile.model!r} does not exist: it takes mini, a hub id or a local folder")
+
+
+def load_from(loader, profile: Profile, **options):
+    """``loader.from_pretrained`` of a profile's model; every failure becomes one clear ``ModelError``."""
+    source, where = model_source(profile)
+    try:
+        return loader.from_pretrained(source, **where, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise ModelError(
+            f"model {profile.model!r} cannot be loaded ({reason}): check the path, or the network and HF_HUB_OFFLINE "
+            "for a model of the hub"
+        ) from error
+
+
+def load_tokenizer(profile: Profile):
+    """The model's tokenizer, padding on the right; where there is no padding token, end-of-text serves as one.
+
+    That is safe because texts are tokenised so that they never contain a special token.
+    """
+    tokenizer = load_from(AutoTokenizer, profile)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def check_model(profile: Profile) -> None:
+    """Raise ``ModelError`` now rather than in the middle of a run."""
+    tokenizer = load_tokenizer(profile)
+    config = base_config(profile, tokenizer)
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"model {profile.model!r} has {config.vocab_size} embeddings, its tokenizer {len(tokenizer)} tokens: "
+            "they do not belong together"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and profile.max_tokens > positions:
+        raise ModelError(f"max_tokens is {profile.max_tokens}: {profile.model!r} takes at most {positions}")
+    if max(profile.student_layers) > config.num_hidden_layers:
+        raise ModelError(
+            f"student_layers is {profile.student_layers}: the teacher {profile.model!r} has "
+            f"{config.num_hidden_layers} layers"
+        )
+
+
+def base_config(profile: Profile, tokenizer):
+    """The configuration of a profile's model as it comes; "tiny" is defined here."""
+    if profile.model != "tiny":
+        return load_from(AutoConfig, profile)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.1}
+    return GPT2Config(vocab_size=len(tokenizer), activation_function="gelu_pytorch_tanh", **shape)
+
+
+def source_fingerprint(profile: Profile) -> dict[str, str]:
+    """What a profile's model is made from: the checksums of a local folder's files, or the hub's revision."""
+    source, where = model_source(profile)
+    return where or {path.name: sha256(path) for path in sorted(Path(source).iterdir()) if path.is_file()}
+
+
+def set_dropout(config, dropout: float) -> None:
+    """Set every dropout rate that the architecture has."""
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+
+
+def create_model(profile: Profile, seed: int = 0, pretrained: bool = True) -> PreTrainedModel:
+    """A decoder with a two-class head: pretrained body, random head; or, with ``pretrained=False``, all random.
+
+    Weights are float32. Raises ``ModelError`` when the model cannot be loaded or has no block weights to prune.
+    """
+    torch.manual_seed(seed)
+    tokenizer = load_tokenizer(profile)
+    config = base_config(profile, tokenizer)
+    config.num_labels = 2
+    config.id2label = LABEL_NAMES
+    config.label2id = {name: i for i, name in LABEL_NAMES.items()}
+    config.pad_token_id = tokenizer.pad_token_id
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    config.use_cache = False
+    set_dropout(config, profile.dropout)
+    if profile.model == "tiny":
+        model = GPT2ForSequenceClassification(config)
+    elif pretrained:
+        model = load_from(AutoModelForSequenceClassification, profile, config=config, dtype=torch.float32)
+    else:
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    if not prunable_weights(model):
+        raise ModelError(f"{type(model).__name__} has no blocks named h or layers with matrices in them")
+    return model.eval()
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The transformer blocks, bottom first."""
+    base = model.base_model
+    return base.h if hasattr(base, "h") else base.layers
+
+
+def create_student(teacher: PreTrainedModel, layers: int, seed: int = 0, from_teacher: bool = True) -> PreTrainedModel:
+    """A copy of the teacher with fewer blocks, evenly spaced ones of the teacher's, or a random one of that shape.
+
+    The first block is always among them and, of two or more, the last (DistilBERT, Sanh et al. 2019, takes every other
+    layer).
+    Raises ``ModelError`` when it has more layers than the teacher.
+    """
+    depth = len(blocks(teacher))
+    if not 1 <= layers <= depth:
+        raise ModelError(f"a student of {layers} layers: the teacher has {depth}")
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = layers
+    torch.manual_seed(seed)
+    student = type(teacher)(config)
+    if from_teacher:
+        chosen = [round(i * (depth - 1) / max(1, layers - 1)) for i in range(layers)]
+        for block, i in zip(blocks(student), chosen, strict=True):
+            block.load_state_dict(blocks(teacher)[i].state_dict())
+        outside = {n: v for n, v in teacher.state_dict().items() if not re.search(r"\.(?:h|layers)\.\d+\.", n)}
+        student.load_state_dict(outside, strict=False)
+    return student.eval()
+
+
+def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The matrices of the blocks (attention and MLP projections), by parameter name, bottom first.
+
+    GPT-2's are ``Conv1D``, stored [in, out]; Llama's are ``nn.Linear``, stored [out, in]. Embeddings, LayerNorms,
+    biases and the classification head are not among them.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D | nn.Linear) and BLOCK_WEIGHT.search(f"{name}.weight"):
+            found[f"{name}.weight"] = module.weight
+    return found
+
+
+def position(name: str) -> tuple[int, str]:
+    """Layer number and module of a prunable weight: ``transformer.h.3.mlp.c_fc.weight`` -> (3, "mlp.c_fc")."""
+    match = BLOCK_WEIGHT.search(name)
+    return int(match[1]), match[2]
+
+
+def load_dense(folder: Path) -> PreTrainedModel:
+    """The dense model in a folder that ``save_dense`` wrote."""
+    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+
+
+def save_dense(model: PreTrainedModel, folder: Path) -> None:
+    """Write config and weights (safetensors) as ``from_pretrained`` reads them."""
+    model.save_pretrained(folder)

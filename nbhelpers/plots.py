@@ -1,0 +1,319 @@
+"""One style, one function per kind of figure; a colour means the same thing in all six notebooks."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from IPython.display import Markdown, display
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from nbhelpers.models import position
+from nbhelpers.workspace import Run
+
+# Okabe and Ito's palette, told apart by colour-blind readers and by their grey.
+COLORS = {
+    "magnitude": "#0072B2",
+    "movement": "#E69F00",
+    "gradient": "#009E73",
+    "merged": "#CC79A7",
+    "dense": "#333333",
+    "control": "#777777",
+    "sparse": "#D55E00",
+    "student": "#56B4E9",
+    "baseline": "#999999",
+}
+MARKERS = {"pruned": "o", "recovered": "s", "dense": "D", "sparse": "^", "student": "v"}
+
+sns.set_theme(context="notebook", style="ticks")
+plt.rcParams |= {
+    "figure.dpi": 100,
+    "savefig.dpi": 130,
+    "savefig.bbox": "tight",
+    "savefig.facecolor": "white",
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": "medium",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "font.size": 11,
+}
+
+
+def show(run: Run, name: str, figure: Figure, reading: str) -> None:
+    """Save a figure, show it, and under it the sentence that reads it; the sentence goes to the report too."""
+    run.save_figure(name, figure)
+    run.record("captions", **{name: reading})
+    display(figure)
+    plt.close(figure)
+    display(Markdown(reading))
+
+
+def color(name: str) -> str:
+    """The colour of a criterion, a model or a stage: by the first known word in its name."""
+    words = name.replace("_", " ").split()
+    aliases = {"fine": "dense", "extra": "control", "tf-idf": "baseline", "chance": "baseline", "untrained": "baseline"}
+    if "extra" in words:
+        return COLORS["control"]
+    for word in words:
+        word = aliases.get(word.lower(), word.lower())
+        if word in COLORS:
+            return COLORS[word]
+    return COLORS["dense"]
+
+
+def label(name: str) -> str:
+    """A model's or criterion's name as a reader would write it."""
+    return name.replace("_", " ")
+
+
+def axes(columns: int = 1, rows: int = 1, width: float = 6.4, height: float = 3.6, **options):
+    """A figure and its axes as an array [columns], or [rows, columns]."""
+    figure, grid = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
+    return figure, grid[0] if rows == 1 else grid
+
+
+def note(ax, x: float, value: float, text: str, ha: str = "left") -> None:
+    """A small text on a horizontal line at ``value``; x is a share of the axis."""
+    ax.text(x, value, text, transform=ax.get_yaxis_transform(), va="bottom", ha=ha, fontsize="small")
+
+
+def lengths(counts: dict[str, list[int]], max_tokens: int) -> Figure:
+    """Histogram of review lengths in tokens by class, with the truncation limit."""
+    figure, (ax,) = axes()
+    longest = int(np.percentile(np.concatenate(list(counts.values())), 99))
+    for name, values in counts.items():
+        shade = {"negative": COLORS["sparse"], "positive": COLORS["magnitude"]}.get(name, COLORS["dense"])
+        ax.hist(values, bins=np.linspace(0, longest, 50), histtype="step", linewidth=1.8, color=shade, label=name)
+    ax.axvline(max_tokens, color=COLORS["dense"], linestyle="--")
+    ax.text(max_tokens, ax.get_ylim()[1], f" kept: {max_tokens} tokens", va="top")
+    ax.set(xlabel="tokens in a review", ylabel="reviews", title="How long the reviews are")
+    ax.legend()
+    return figure
+
+
+def learning_curves(curves: dict[str, pd.DataFrame], lines: dict[str, float], title: str) -> Figure:
+    """Training loss (running mean) and validation accuracy over steps, a curve a model, with lines of accuracy."""
+    figure, (left, right) = axes(2, width=9)
+    for name, curve in curves.items():
+        options = {"color": color(name) if len(curves) < 3 else None, "label": label(name)}
+        losses = pd.Series(np.concatenate(curve["losses"].to_list()))
+        smooth = losses.rolling(max(1, len(losses) // 12), min_periods=1).mean()
+        left.plot(np.arange(1, len(losses) + 1), smooth, **options)
+        right.plot(curve["steps"], curve["accuracy"], marker="o", **options)
+    right.set_xlim(0, None)
+    for name, value in lines.items():
+        right.axhline(value, linestyle="--", color=COLORS["baseline"])
+        note(right, 0.02, value, name)
+    left.set(xlabel="optimizer steps", ylabel="training loss", title=title)
+    right.set(xlabel="optimizer steps", ylabel="validation accuracy")
+    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if len(curves) > 1:
+        left.legend(fontsize="small")
+    return figure
+
+
+def confusion(matrix: np.ndarray, names: list[str]) -> Figure:
+    """A confusion matrix [true, predicted] with its counts."""
+    figure, (ax,) = axes(width=4.2, height=3.4)
+    sns.heatmap(matrix, annot=True, fmt="d", cmap="Blues", cbar=False, square=True, ax=ax)
+    ax.set_xticklabels(names)
+    ax.set_yticklabels(names, rotation=0)
+    ax.set(xlabel="predicted", ylabel="true", title="Where the errors are")
+    return figure
+
+
+def intervals(table: pd.DataFrame, value: str, title: str, xlabel: str, reference: float | None = None) -> Figure:
+    """A dot and its interval per row; table has columns model, <value>, <value>_low, <value>_high."""
+    figure, (ax,) = axes(width=7, height=0.9 + 0.34 * len(table))
+    for y, (_, row) in enumerate(table.iloc[::-1].iterrows()):
+        shade = color(row["model"])
+        ax.plot([row[f"{value}_low"], row[f"{value}_high"]], [y, y], color=shade, linewidth=2)
+        ax.plot(row[value], y, marker="o", color=shade)
+    ax.set_yticks(range(len(table)), [label(name) for name in table["model"][::-1]])
+    ax.set_ylim(-0.6, len(table) - 0.4)
+    if reference is not None:
+        ax.axvline(reference, color=COLORS["baseline"], linestyle="--", zorder=0)
+    ax.set(xlabel=xlabel, title=title)
+    return figure
+
+
+def by_layer_and_module(values: dict[str, float]) -> pd.DataFrame:
+    """Numbers by parameter name as a table, layers in rows (bottom layer first) and modules in columns."""
+    rows = [(*position(name), value) for name, value in values.items()]
+    table = pd.DataFrame(rows, columns=["layer", "module", "value"])
+    return table.pivot(index="layer", columns="module", values="value")
+
+
+def heatmaps(
+    tables: dict[str, pd.DataFrame], title: str, fmt: str = ".0%", bar: str = "", limits: tuple = (None, None)
+) -> Figure:
+    """Tables side by side as heatmaps with their numbers, on one colour scale."""
+    cells = max(table.size for table in tables.values())
+    figure, row = axes(
+        len(tables), width=max(4.5, 3.4 * len(tables)), height=1.7 + 0.42 * max(map(len, tables.values()))
+    )
+    low = min(np.nanmin(t.to_numpy()) for t in tables.values()) if limits[0] is None else limits[0]
+    high = max(np.nanmax(t.to_numpy()) for t in tables.values()) if limits[1] is None else limits[1]
+    for i, (ax, (name, table)) in enumerate(zip(row, tables.items(), strict=True)):
+        last = i == len(tables) - 1
+        options = {"annot": cells <= 120, "fmt": fmt, "annot_kws": {"fontsize": "small"}, "cbar": last}
+        sns.heatmap(
+            table, vmin=low, vmax=high, cmap="viridis", ax=ax, cbar_kws={"label": bar} if last else None, **options
+        )
+        ax.set_title(label(name), color=color(name))
+        ax.set_ylabel(table.index.name if i == 0 else "")
+        ax.tick_params(axis="y", rotation=0)
+        ax.set_xlabel("")
+        ax.set_xticks(ax.get_xticks(), [str(name) for name in table.columns], rotation=30, ha="right")
+    figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    return figure
+
+
+def small_tensors(tensors: dict[str, torch.Tensor], title: str) -> Figure:
+    """5x5 tensors side by side with their numbers, each on its own scale; bool tensors as kept or dropped."""
+    figure, row = axes(len(tensors), width=3 * len(tensors), height=3.2)
+    for ax, (name, tensor) in zip(row, tensors.items(), strict=True):
+        array = tensor.detach().float().numpy() + 0.0  # without the sign of -0.0
+        fmt = ".0f" if tensor.dtype == torch.bool else ".2f"
+        sns.heatmap(array, annot=True, fmt=fmt, cmap="viridis", cbar=False, square=True, ax=ax)
+        ax.set(title=name, xticks=[], yticks=[])
+    figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    return figure
+
+
+def score_distributions(scores: dict[str, dict[str, torch.Tensor]], thresholds: dict[str, float]) -> Figure:
+    """Histograms of log10 score by layer, one panel a criterion, with the threshold of each."""
+    figure, row = axes(len(scores), width=3.8 * len(scores), height=3.4)
+    for ax, (criterion, tensors) in zip(row, scores.items(), strict=True):
+        layers = sorted({position(name)[0] for name in tensors})
+        for layer, shade in zip(layers, sns.color_palette("crest", len(layers)), strict=True):
+            values = torch.cat([t.flatten() for n, t in tensors.items() if position(n)[0] == layer])
+            # Zero has no logarithm; it is shown at the smallest score that is not zero.
+            logs = values.clamp(min=values[values > 0].min()).log10().numpy()
+            ax.hist(logs, bins=80, histtype="step", density=True, color=shade, label=f"layer {layer}")
+        ax.axvline(np.log10(thresholds[criterion]), color=COLORS["sparse"], linestyle="--")
+        ax.set_xlim(np.log10(thresholds[criterion]) - 3, None)
+        ax.set_title(criterion, color=color(criterion))
+        ax.set(xlabel="log10 of the score", ylabel="density" if ax is row[0] else "")
+    row[0].legend(fontsize="small")
+    return figure
+
+
+def lines(
+    table: pd.DataFrame, x: str, y: str, hue: str, title: str, xlabel: str, ylabel: str, logx: bool = False
+) -> Figure:
+    """One line per value of ``hue``, with bands where the table has <y>_low and <y>_high, labelled at its end."""
+    figure, (ax,) = axes(width=7.4, height=4)
+    for name, part in table.sort_values(x).groupby(hue, sort=False):
+        shade = color(str(name)) if any(word in COLORS for word in str(name).split("_")) else None
+        (line,) = ax.plot(part[x], part[y], marker="o", color=shade, label=label(str(name)))
+        if f"{y}_low" in part:
+            ax.fill_between(part[x], part[f"{y}_low"], part[f"{y}_high"], alpha=0.12, color=line.get_color())
+    if logx:
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sorted(table[x].unique()), [f"{v:g}" for v in sorted(table[x].unique())])
+    ax.legend(fontsize="small")
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    return figure
+
+
+def accuracy_curves(curves: pd.DataFrame, dense: float, control: float | None = None) -> Figure:
+    """Accuracy against sparsity, one panel a stage (pruned, recovered), one line a criterion with its interval."""
+    stages = list(dict.fromkeys(curves["stage"]))
+    figure, row = axes(len(stages), width=4.8 * len(stages), height=4, sharey=True)
+    for ax, stage in zip(row, stages, strict=True):
+        for criterion, part in (
+            curves[curves["stage"] == stage].sort_values("sparsity").groupby("criterion", sort=False)
+        ):
+            ax.plot(part["sparsity"], part["accuracy"], marker=MARKERS[stage], color=color(criterion), label=criterion)
+            ax.fill_between(
+                part["sparsity"], part["accuracy_low"], part["accuracy_high"], color=color(criterion), alpha=0.1
+            )
+        ax.axhline(dense, color=COLORS["dense"], linestyle="--")
+        note(ax, 0.02, dense, "dense")
+        if stage == "recovered" and control is not None:
+            ax.axhline(control, color=COLORS["control"], linestyle=":")
+            note(ax, 0.98, control, "dense, same extra steps", "right")
+        ax.axhline(0.5, color=COLORS["baseline"], linewidth=1)
+        note(ax, 0.02, 0.5, "chance")
+        ax.set(
+            xlabel="share of block weights removed",
+            title={"pruned": "right after pruning"}.get(stage, "after recovery"),
+        )
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    row[0].set_ylabel("validation accuracy")
+    row[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    row[0].legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 0.08))
+    return figure
+
+
+def grouped_bars(table: pd.DataFrame, x: str, y: str, hue: str, title: str, ylabel: str, log: bool = False) -> Figure:
+    """Bars by x and hue, with error bars where the table has <y>_low and <y>_high."""
+    figure, (ax,) = axes(width=7.4, height=3.8)
+    groups, hues = list(dict.fromkeys(table[x])), list(dict.fromkeys(table[hue]))
+    for i, name in enumerate(hues):
+        part = table[table[hue] == name].set_index(x).reindex(groups)
+        places = np.arange(len(groups)) + (i - (len(hues) - 1) / 2) * 0.8 / len(hues)
+        error = None
+        if f"{y}_low" in part:
+            error = np.abs(np.stack([part[y] - part[f"{y}_low"], part[f"{y}_high"] - part[y]]))
+        ax.bar(places, part[y], 0.8 / len(hues), yerr=error, capsize=2, label=label(str(name)))
+    ax.set_xticks(range(len(groups)), [label(str(group)) for group in groups])
+    if log:
+        ax.set_yscale("log")
+    ax.set(title=title, ylabel=ylabel)
+    if len(hues) > 1:
+        ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def tradeoff(table: pd.DataFrame, x: str, xlabel: str, title: str) -> Figure:
+    """Accuracy with its interval against a cost, a point per model; the names stand in a column, best on top."""
+    figure, (ax,) = axes(width=8.6, height=4.6)
+    ordered = table.sort_values("accuracy", ascending=False)
+    places = np.linspace(0.97, 0.03, len(ordered))
+    for place, (_, row) in zip(places, ordered.iterrows(), strict=True):
+        shade = color(row["model"])
+        kind = next((kind for kind in MARKERS if kind in row["model"]), "dense")
+        error = [[row["accuracy"] - row["accuracy_low"]], [row["accuracy_high"] - row["accuracy"]]]
+        ax.errorbar(row[x], row["accuracy"], yerr=error, fmt=MARKERS[kind], color=shade, alpha=0.85, elinewidth=0.7)
+        ax.annotate(
+            f"{label(row['model'])}, {row['accuracy']:.1%}",
+            (row[x], row["accuracy"]),
+            (1.04, place),
+            textcoords="axes fraction",
+            fontsize=9,
+            va="center",
+            color=shade,
+            arrowprops={"arrowstyle": "-", "color": shade, "alpha": 0.35, "linewidth": 0.8},
+        )
+    ax.set_xlim(0, 1.05 * table[x].max())
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.set(xlabel=xlabel, ylabel="test accuracy", title=title)
+    return figure
+
+
+def compare_and_visualize(comparison: pd.DataFrame) -> dict[str, Figure]:
+    """The three figures of a comparison table: accuracy against size, against latency, and the cost of an iteration."""
+    table = comparison.assign(
+        megabytes=comparison["file_bytes"] / 1e6, memory_megabytes=comparison["peak_memory_bytes"] / 1e6
+    )
+    figure, (left, right) = axes(2, width=10, height=1 + 0.3 * len(table), sharey=True)
+    for ax, column, unit in ((left, "latency_ms", "ms a batch"), (right, "memory_megabytes", "MB, weights included")):
+        ax.barh(table["model"].map(label), table[column], color=[color(name) for name in table["model"]])
+        ax.bar_label(ax.containers[0], fmt="%.1f", padding=3, fontsize=8)
+        ax.set_xlabel(unit)
+    left.invert_yaxis()
+    left.set_title("Time of one iteration")
+    right.set_title("Peak memory of one iteration")
+    return {
+        "accuracy_size": tradeoff(table, "megabytes", "file size, MB", "Accuracy against size"),
+        "accuracy_latency": tradeoff(table, "latency_ms", "milliseconds a batch", "Accuracy against latency"),
+        "cost": figure,
+    }

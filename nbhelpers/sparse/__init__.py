@@ -1,0 +1,26 @@
+"""Sparse execution: the kernel, the layers, GPT-2 made of them, and their files."""
+
+from nbhelpers.sparse.gpt2 import (
+    SparseGPT2Attention,
+    SparseGPT2Block,
+    SparseGPT2ForSequenceClassification,
+    SparseGPT2MLP,
+    SparseGPT2Model,
+    convert_gpt2_to_sparse,
+    count_actual_params,
+)
+from nbhelpers.sparse.layers import SparseLinear
+from nbhelpers.sparse.storage import load_sparse, save_sparse
+
+__all__ = [
+    "SparseGPT2Attention",
+    "SparseGPT2Block",
+    "SparseGPT2ForSequenceClassification",
+    "SparseGPT2MLP",
+    "SparseGPT2Model",
+    "SparseLinear",
+    "convert_gpt2_to_sparse",
+    "count_actual_params",
+    "load_sparse",
+    "save_sparse",
+]

@@ -1,0 +1,234 @@
+"""GPT-2 for sequence classification on sparse matrices: inference only, real tokens only.
+
+A batch of reviews is padded to the longest one. Here only the real tokens are computed: they stand behind each other
+in one [tokens, features] matrix, and are laid out as [reviews, length] for attention alone. The names of modules and
+parameters are those of ``transformers``.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GPT2Config, GPT2ForSequenceClassification
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+from nbhelpers.sparse import kernels
+from nbhelpers.sparse.layers import Float32Inference, SparseLinear
+
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names of the function that the kernel has built in
+
+
+class Packing:
+    """Where the real tokens of a right-padded batch are: lengths [reviews] of rows ``width`` wide."""
+
+    def __init__(self, lengths: torch.Tensor, width: int):
+        self.lengths, self.width = lengths, width
+        self.real = torch.arange(width, device=lengths.device) < lengths[:, None]
+        self.full = bool(self.real.all())
+        self.index = self.real.flatten().nonzero()[:, 0]
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """[reviews, width, ...] -> [tokens, ...]."""
+        flat = padded.flatten(0, 1)
+        return flat if self.full else flat[self.index]
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """[tokens, features] -> [reviews, width, features], zeros behind each review."""
+        shape = (len(self.lengths), self.width, packed.shape[-1])
+        if self.full:
+            return packed.view(shape)
+        padded = packed.new_zeros(shape[0] * shape[1], shape[2])
+        return padded.index_copy_(0, self.index, packed).view(shape)
+
+    def last(self, packed: torch.Tensor) -> torch.Tensor:
+        """The last token of each review: [reviews, features]."""
+        return packed[self.lengths.cumsum(0) - 1]
+
+
+class SparseGPT2Attention(Float32Inference):
+    """Causal self-attention; its two projections are sparse."""
+
+    def __init__(self, config: GPT2Config, layer: int):
+        super().__init__()
+        width = config.hidden_size
+        self.heads, self.scale = config.num_attention_heads, 1.0
+        if config.scale_attn_weights:
+            self.scale = (width // self.heads) ** -0.5
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
+        self.c_attn = SparseLinear(width, 3 * width)
+        self.c_proj = SparseLinear(width, width)
+
+    def forward(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """x: [tokens, width] -> [tokens, width]."""
+        qkv = packing.unpack(self.c_attn(x))
+        reviews, length, _ = qkv.shape
+        q, k, v = qkv.view(reviews, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        # Padding stands to the right, where a causal mask hides it from every real token.
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        return self.c_proj(packing.pack(mixed.transpose(1, 2).flatten(2)))
+
+
+class SparseGPT2MLP(Float32Inference):
+    """Two sparse layers with an activation between; one call of the kernel where it has both layers and GELU."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        width = config.hidden_size
+        inner = config.n_inner or 4 * width
+        self.activation = config.activation_function
+        self.c_fc = SparseLinear(width, inner)
+        self.c_proj = SparseLinear(inner, width)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the inner activation stays inside the kernel."""
+        return self.activation in TANH_GELU and self.c_fc.backend == self.c_proj.backend == "numba"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [tokens, width] -> [tokens, width]."""
+        self.refuse_training(x)
+        if self.fused:
+            return kernels.multiply(x, self.c_proj.csr(), self.c_fc.csr())
+        inner = self.c_fc(x)
+        tanh = self.activation in TANH_GELU
+        return self.c_proj(F.gelu(inner, approximate="tanh") if tanh else ACT2FN[self.activation](inner))
+
+
+class SparseGPT2Block(Float32Inference):
+    """LayerNorm, attention, LayerNorm, MLP, each pair around a residual connection."""
+
+    def __init__(self, config: GPT2Config, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.attn = SparseGPT2Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mlp = SparseGPT2MLP(config)
+
+    def forward(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """x: [tokens, width] -> [tokens, width]."""
+        x = x + self.attn(self.ln_1(x), packing)
+        return x + self.mlp(self.ln_2(x))
+
+
+class SparseGPT2Model(Float32Inference):
+    """Embeddings, blocks and the last LayerNorm."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.h = nn.ModuleList(SparseGPT2Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+    def forward(self, input_ids: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """input_ids: [reviews, length] -> hidden states [tokens, width] of the real tokens."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        x = self.wte(packing.pack(input_ids)) + self.wpe(packing.pack(positions))
+        for block in self.h:
+            x = block(x, packing)
+        return self.ln_f(x)
+
+
+class SparseGPT2ForSequenceClassification(Float32Inference):
+    """The sparse counterpart of ``GPT2ForSequenceClassification``, made by ``convert_gpt2_to_sparse``."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        self.transformer = SparseGPT2Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.score.weight.device
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits [reviews, labels] from the last real token of each review.
+
+        input_ids: [reviews, length], padded on the right; attention_mask: the same shape, 1 at real tokens. Without
+        a mask, reviews end with their last token that is not ``config.pad_token_id``, as in ``transformers``.
+        Raises ``ValueError`` when padding stands elsewhere or cannot be told from text.
+        """
+        self.refuse_training()
+        lengths = self.lengths(input_ids, attention_mask)
+        width = int(lengths.max())
+        packing = Packing(lengths, width)
+        hidden = self.transformer(input_ids[:, :width], packing)
+        return SequenceClassifierOutputWithPast(logits=self.score(packing.last(hidden)))
+
+    def lengths(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The number of tokens [reviews] of each review, at least 1."""
+        if attention_mask is not None:
+            if (attention_mask.diff(dim=1) > 0).any():
+                raise ValueError("the attention mask has gaps or padding on the left: pad reviews on the right")
+            return attention_mask.sum(1).clamp(min=1)
+        pad = self.config.pad_token_id
+        if pad is None:
+            if len(input_ids) > 1:
+                raise ValueError("several reviews without an attention mask need config.pad_token_id")
+            return torch.full((1,), input_ids.shape[1], device=input_ids.device)
+        places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+        return (places * (input_ids != pad)).amax(1).clamp(min=1)
+
+
+def convert_gpt2_to_sparse(model: nn.Module, backend: str = "auto") -> SparseGPT2ForSequenceClassification:
+    """The sparse model that gives the logits of a (masked) ``GPT2ForSequenceClassification``, within float rounding.
+
+    Weights that are zero are dropped; all others are copied. backend: see ``SparseLinear.from_dense``.
+    Raises ``TypeError`` for another architecture.
+    """
+    if not isinstance(model, GPT2ForSequenceClassification) or model.config.add_cross_attention:
+        raise TypeError(
+            f"convert_gpt2_to_sparse takes a GPT2ForSequenceClassification without cross-attention, "
+            f"not {type(model).__name__}: use SparseLinear.from_dense on the layers of other models"
+        )
+    sparse = skeleton(copy.deepcopy(model.config))
+    for name in sparse_names(sparse):
+        sparse.set_submodule(name, SparseLinear.from_dense(model.get_submodule(name), backend))
+    state = {k: v.detach().to(torch.float32, copy=True) for k, v in model.state_dict().items()}
+    fill(sparse, {name: state[name] for name, _ in sparse.named_parameters()})
+    return sparse
+
+
+def skeleton(config: GPT2Config) -> SparseGPT2ForSequenceClassification:
+    """A model without storage, to be filled."""
+    with torch.device("meta"):
+        return SparseGPT2ForSequenceClassification(config)
+
+
+def sparse_names(model: nn.Module) -> list[str]:
+    """The names of a model's sparse layers."""
+    return [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+
+
+def fill(model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
+    """Give a skeleton whose sparse layers are in place the rest of its parameters, which need no gradients."""
+    model.load_state_dict(parameters, strict=False, assign=True)
+    model.requires_grad_(False).eval()
+
+
+def count_actual_params(model: nn.Module) -> dict[str, int | float]:
+    """How many parameters a model has and how many of them still do something.
+
+    total: all that the architecture has; prunable: the attention and MLP matrices of the blocks; active: total less
+    the prunable weights that are zero; encoder_sparsity: the share of the prunable ones that are zero.
+    """
+    if isinstance(model, SparseGPT2ForSequenceClassification):
+        layers = [model.get_submodule(name) for name in sparse_names(model)]
+        prunable = sum(layer.in_features * layer.out_features for layer in layers)
+        left = sum(layer.nonzeros for layer in layers)
+        total = prunable + sum(len(layer.bias) for layer in layers) + sum(p.numel() for p in model.parameters())
+    else:
+        from nbhelpers.models import prunable_weights
+
+        weights = prunable_weights(model).values()
+        prunable = sum(weight.numel() for weight in weights)
+        left = sum(int(torch.count_nonzero(weight)) for weight in weights)
+        total = sum(parameter.numel() for parameter in model.parameters())
+    sparsity = 1 - left / prunable if prunable else 0.0
+    return {"total": total, "active": total - prunable + left, "prunable": prunable, "encoder_sparsity": sparsity}

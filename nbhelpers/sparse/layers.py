@@ -1,0 +1,201 @@
+"""A linear layer whose pruned weights are gone: not stored, not read, not multiplied."""
+
+import functools
+import time
+import warnings
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from nbhelpers.sparse import kernels
+
+BACKENDS = ("auto", "numba", "torch_csr", "dense")
+TYPICAL_TOKENS = 1024  # about eight reviews: what "auto" measures with
+TRIALS = 5
+CLEAR = 1.5  # a lead after which no more trials are needed
+
+
+class Float32Inference(nn.Module):
+    """What the sparse modules have in common: they compute in float32, and nothing can be trained through them."""
+
+    def _apply(self, function, recurse=True):
+        if function(torch.empty(0)).dtype != torch.float32:
+            raise TypeError(f"{type(self).__name__} computes in float32 only; convert a model after its own .to(dtype)")
+        return super()._apply(function, recurse)
+
+    def refuse_training(self, x: torch.Tensor | None = None) -> None:
+        """Raise ``RuntimeError`` where a gradient would be expected."""
+        if torch.is_grad_enabled() and (self.training or (x is not None and x.requires_grad)):
+            raise RuntimeError(
+                f"{type(self).__name__} is for inference: call .eval(), and run it without gradients; "
+                "train the masked dense model and convert it afterwards"
+            )
+
+
+class SparseLinear(Float32Inference):
+    """``y = x @ W.T + bias`` with W[out, in] sparse, made by ``SparseLinear.from_dense``.
+
+    The buffers are ``values`` float32 [nnz], ``columns`` int32 [nnz], ``starts`` int32 [out + 1] (CSR) and ``bias``
+    [out]; with the backend "dense" they are ``weight`` [out, in] and ``bias``. ``backend`` says which engine runs.
+    A layer made by the constructor has no weights left.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features, self.backend = in_features, out_features, "torch_csr"
+        self.register_buffer("values", torch.zeros(0))
+        self.register_buffer("columns", torch.zeros(0, dtype=torch.int32))
+        self.register_buffer("starts", torch.zeros(out_features + 1, dtype=torch.int32))
+        self.register_buffer("bias", torch.zeros(out_features))
+
+    @classmethod
+    def from_dense(cls, module: nn.Module, backend: str = "auto", tokens: int = TYPICAL_TOKENS) -> "SparseLinear":
+        """The sparse layer that computes what a ``Conv1D`` (weight [in, out]) or ``nn.Linear`` ([out, in]) does.
+
+        Weights equal to zero (0.0 or -0.0) are dropped. backend: "numba", "torch_csr", "dense", or "auto" for the one
+        that is fastest on this machine for this shape and density with so many tokens (see ``choose_backend``).
+        Raises ``TypeError`` for another module and ``ValueError`` for an unknown backend.
+        """
+        if not isinstance(module, Conv1D | nn.Linear):
+            raise TypeError(f"{type(module).__name__} is not a linear layer: SparseLinear takes Conv1D or nn.Linear")
+        weight = module.weight.detach().to(torch.float32, copy=True)
+        weight = (weight.t() if isinstance(module, Conv1D) else weight).contiguous()
+        bias = module.bias.detach().to(torch.float32, copy=True) if module.bias is not None else None
+        return cls.from_csr(*to_csr(weight), bias, weight.shape[1], backend, tokens)
+
+    @classmethod
+    def from_csr(cls, values, columns, starts, bias, in_features: int, backend="auto", tokens=TYPICAL_TOKENS):
+        """The same from a matrix in CSR; bias may be None."""
+        bias = values.new_zeros(len(starts) - 1) if bias is None else bias
+        matrix, shape = (values, columns, starts, bias), (len(bias), in_features)
+        if backend not in BACKENDS:
+            raise ValueError(f"backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+        if backend == "auto":
+            density = len(values) / max(1, shape[0] * shape[1])
+            backend = choose_backend(*shape, round(density, 1 if density > 0.1 else 2), tokens, str(values.device))
+        elif backend == "numba" and kernels.numba is None:
+            announce_missing_numba()
+            backend = "torch_csr"
+        layer = cls(in_features, shape[0])
+        layer.backend, layer.bias = backend, bias
+        if backend == "dense":
+            del layer.values, layer.columns, layer.starts
+            layer.register_buffer("weight", to_weight(matrix, in_features))
+        else:
+            layer.values, layer.columns, layer.starts = values, columns, starts
+        return layer.eval()
+
+    def csr(self) -> tuple[torch.Tensor, ...]:
+        """(values, columns, starts, bias), whatever the backend."""
+        if self.backend == "dense":
+            return *to_csr(self.weight), self.bias
+        return self.values, self.columns, self.starts, self.bias
+
+    @property
+    def nonzeros(self) -> int:
+        """How many weights are left."""
+        return len(self.values) if self.backend != "dense" else int(torch.count_nonzero(self.weight))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in] -> [..., out]. Raises ``RuntimeError`` in training and ``ValueError`` for another width."""
+        self.refuse_training(x)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"the last dimension of {list(x.shape)} is not the layer's {self.in_features} features")
+        rows = x.reshape(-1, self.in_features).to(torch.float32)
+        if self.backend == "dense":
+            y = kernels.dense(rows, self.weight, self.bias)
+        else:
+            y = ENGINES[self.backend](rows, self.csr())
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        share = self.nonzeros / max(1, self.in_features * self.out_features)
+        return f"{self.in_features} -> {self.out_features}, {share:.1%} of the weights left, backend={self.backend}"
+
+
+# --- engines and their choice ---
+
+
+def numba_engine(x: torch.Tensor, matrix: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The kernel of ``kernels.py``, which runs on the CPU."""
+    if x.device.type != "cpu" or matrix[0].device.type != "cpu":
+        raise RuntimeError('the backend "numba" runs on the CPU: convert the model where it will run')
+    return kernels.multiply(x, matrix)
+
+
+ENGINES = {"numba": numba_engine, "torch_csr": kernels.torch_csr}
+
+
+@functools.cache
+def choose_backend(out_features: int, in_features: int, density: float, tokens: int, device: str) -> str:
+    """The engine that is fastest for a random matrix of this shape and density; measured once in a process.
+
+    The engines take turns and the best of a few trials counts, so that other programs disturb the choice little.
+    """
+    matrix, x = random_matrix(out_features, in_features, density, device), torch.randn(tokens, in_features).to(device)
+    weight, engines = to_weight(matrix, in_features), {}
+    if device == "cpu" and kernels.numba is not None:
+        engines["numba"] = lambda: kernels.multiply(x, matrix)
+    else:
+        if device == "cpu":
+            announce_missing_numba()
+        engines["torch_csr"] = lambda: kernels.torch_csr(x, matrix)
+    engines["dense"] = lambda: kernels.dense(x, weight, matrix[3])
+    best = dict.fromkeys(engines, float("inf"))
+    with torch.inference_mode():
+        for trial in range(TRIALS + 1):
+            for name, run in engines.items():
+                started = time.perf_counter()
+                run()
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                if trial:  # the first one compiles and warms the caches
+                    best[name] = min(best[name], time.perf_counter() - started)
+            if trial > 1 and max(best.values()) > CLEAR * min(best.values()):
+                break
+    return min(best, key=best.get)
+
+
+@functools.cache
+def announce_missing_numba() -> None:
+    """Say once that the fast engine is missing."""
+    warnings.warn(f"sparse layers run on torch's CSR, which is slower: {kernels.MISSING}", stacklevel=3)
+
+
+# --- formats ---
+
+
+def to_csr(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(values, columns, starts) of the weights of [out, in] that are not zero; NaN is kept."""
+    return mask_to_csr(weight != 0, weight[weight != 0])
+
+
+def mask_to_csr(mask: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """CSR of the values [nnz] that stand, row by row, where the mask [out, in] is True."""
+    starts = torch.zeros(len(mask) + 1, dtype=torch.int32, device=mask.device)
+    starts[1:] = mask.sum(1).cumsum(0)
+    return values, mask.nonzero()[:, 1].to(torch.int32), starts
+
+
+def to_mask(matrix: tuple[torch.Tensor, ...], in_features: int) -> torch.Tensor:
+    """Where [out, in] has weights left."""
+    _, columns, starts, bias = matrix
+    mask = torch.zeros(len(bias), in_features, dtype=torch.bool, device=columns.device)
+    mask[torch.arange(len(bias), device=columns.device).repeat_interleave(starts.diff()), columns] = True
+    return mask
+
+
+def to_weight(matrix: tuple[torch.Tensor, ...], in_features: int) -> torch.Tensor:
+    """The dense weight [out, in] with zeros where weights are gone."""
+    mask = to_mask(matrix, in_features)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter_(mask, matrix[0])
+
+
+def random_matrix(out_features: int, in_features: int, density: float, device: str = "cpu") -> tuple:
+    """A random matrix in CSR with a bias, the same one each time."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    mask = torch.rand(weight.shape, generator=generator) < density
+    matrix = *mask_to_csr(mask, weight[mask]), torch.randn(out_features, generator=generator)
+    return tuple(tensor.to(device) for tensor in matrix)

@@ -1,0 +1,94 @@
+"""Sparse models on disk: one bit a weight for where, four bytes a weight that is left for what.
+
+    config.json            the model's GPT2Config
+    sparse.safetensors     <layer>.bitmap  uint8 [ceil(out * in / 8)], row by row of [out, in], from the top bit down
+                           <layer>.values  float32 [nnz], in the same order
+                           <layer>.bias    float32 [out]
+                           and the embeddings, LayerNorms and head as they are; the backends are in the metadata
+
+The round trip is exact to the bit for every weight that is left, NaN and denormals included. A weight of zero counts
+as pruned, so that -0.0 comes back as 0.0.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import GPT2Config
+
+from nbhelpers.sparse.gpt2 import SparseGPT2ForSequenceClassification, fill, skeleton, sparse_names
+from nbhelpers.sparse.layers import SparseLinear, mask_to_csr, to_mask
+
+FILE = "sparse.safetensors"
+
+
+def save_sparse(model: SparseGPT2ForSequenceClassification, folder: str | Path) -> Path:
+    """Write a sparse model into a folder, which is made where it is missing. Raises ``TypeError`` for another model."""
+    if not isinstance(model, SparseGPT2ForSequenceClassification):
+        raise TypeError(f"save_sparse takes a SparseGPT2ForSequenceClassification, not {type(model).__name__}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    backends = {}
+    for name in sparse_names(model):
+        layer = model.get_submodule(name)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in pack_layer(layer).items()}
+        backends[name] = layer.backend
+    save_file(tensors, folder / FILE, metadata={"format": "pt", "backends": json.dumps(backends)})
+    model.config.save_pretrained(folder)
+    return folder
+
+
+def load_sparse(folder: str | Path) -> SparseGPT2ForSequenceClassification:
+    """The model that ``save_sparse`` wrote, each layer with the backend that it had.
+
+    Raises ``ValueError`` that names the file when it is missing, damaged or incomplete.
+    """
+    path = Path(folder) / FILE
+    config_path = Path(folder) / "config.json"
+    try:
+        config = GPT2Config.from_json_file(config_path)
+        model = skeleton(config)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{config_path} is missing or damaged: {error}") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            backends = json.loads((file.metadata() or {}).get("backends", "{}"))
+        for name in sparse_names(model):
+            parts = {part: tensors[f"{name}.{part}"] for part in ("bitmap", "values", "bias")}
+            empty = model.get_submodule(name)
+            model.set_submodule(name, unpack_layer(parts, empty.in_features, backends.get(name, "auto")))
+        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+        for name, shape in wanted.items():
+            if tensors[name].shape != shape:
+                raise ValueError(f"{name} is {list(tensors[name].shape)} instead of {list(shape)}")
+    except KeyError as error:
+        raise ValueError(f"{path} is incomplete: it has no tensor {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from error
+    fill(model, {name: tensors[name] for name in wanted})
+    return model
+
+
+def pack_layer(layer: SparseLinear) -> dict[str, torch.Tensor]:
+    """The three tensors that hold a sparse layer."""
+    values, *_, bias = matrix = tuple(tensor.cpu() for tensor in layer.csr())
+    bits = np.packbits(to_mask(matrix, layer.in_features).numpy().reshape(-1))
+    return {"bitmap": torch.from_numpy(bits), "values": values, "bias": bias}
+
+
+def unpack_layer(parts: dict[str, torch.Tensor], in_features: int, backend: str) -> SparseLinear:
+    """The layer that ``pack_layer`` packed. Raises ``ValueError`` when its tensors do not fit together."""
+    values, bias = parts["values"], parts["bias"]
+    shape = (len(bias), in_features)
+    if parts["bitmap"].numel() != -(-shape[0] * shape[1] // 8):
+        raise ValueError(f"a bitmap of {parts['bitmap'].numel()} bytes does not cover {shape[0]} x {shape[1]} weights")
+    bits = np.unpackbits(parts["bitmap"].numpy(), count=shape[0] * shape[1])
+    mask = torch.from_numpy(bits.reshape(shape)).bool()
+    if int(mask.sum()) != len(values):
+        raise ValueError(f"a bitmap has {int(mask.sum())} weights and {len(values)} values")
+    return SparseLinear.from_csr(*mask_to_csr(mask, values), bias, in_features, backend)

@@ -1,0 +1,221 @@
+"""One training loop over Accelerate; fine-tuning, recovery and distillation are its uses.
+
+Heavy stages also run without a notebook and leave the artefacts that the notebooks then find:
+
+    python -m nbhelpers.training finetune|recover|distill --profile quick --seed 0
+"""
+
+import copy
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers import PreTrainedModel
+
+from nbhelpers.data import IMDbDataset, make_loader
+from nbhelpers.models import BLOCK_WEIGHT, blocks
+from nbhelpers.profiles import Profile
+from nbhelpers.workspace import progress
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: ``steps`` optimizer steps if given, otherwise ``epochs`` passes over the data."""
+
+    learning_rate: float
+    batch_size: int
+    epochs: int = 1
+    steps: int | None = None
+    layer_decay: float = 1.0
+    weight_decay: float = 0.01
+    warmup_share: float = 0.1
+    max_grad_norm: float = 1.0
+    precision: str = "auto"
+
+
+def recipe_for(profile: Profile, purpose: str) -> Recipe:
+    """The recipe of a profile's ``"finetune"``, ``"recover"`` or ``"distill"``."""
+    shared = {name: getattr(profile, name) for name in ("weight_decay", "warmup_share", "max_grad_norm", "precision")}
+    if purpose == "finetune":
+        return Recipe(
+            profile.learning_rate, profile.batch_size, profile.epochs, layer_decay=profile.layer_decay, **shared
+        )
+    if purpose == "recover":
+        return Recipe(profile.recovery_learning_rate, profile.batch_size, steps=profile.recovery_steps, **shared)
+    return Recipe(profile.distill_learning_rate, profile.distill_batch_size, profile.distill_epochs, **shared)
+
+
+@functools.cache
+def mixed_precision(wish: str = "auto") -> str:
+    """``"bf16"`` where it is faster than float32, else ``"no"``; decided once a process.
+
+    On a CPU that is measured, never assumed: without AVX512_BF16 or AMX a bfloat16 product can take hundreds of times
+    longer than a float32 one.
+    """
+    if wish != "auto":
+        return wish
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    matrices = {dtype: torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = {dtype: [] for dtype in matrices}
+    # In turns, and the best of many: what else the machine is doing then hardly matters.
+    for _ in range(20):
+        for dtype, matrix in matrices.items():
+            start = time.perf_counter()
+            matrix @ matrix
+            seconds[dtype].append(time.perf_counter() - start)
+        if seconds[torch.bfloat16][-1] > 0.05:
+            return "no"
+    # A clear gain or none, so that the choice does not change from run to run on one machine.
+    return "bf16" if min(seconds[torch.bfloat16]) < 0.8 * min(seconds[torch.float32]) else "no"
+
+
+def parameter_groups(model: PreTrainedModel, recipe: Recipe) -> list[dict]:
+    """AdamW's groups: weight decay for matrices only, and a learning rate that falls from the head to the embeddings.
+
+    A parameter of block l (of L) gets ``learning_rate * layer_decay ** (L - l)``, the embeddings the exponent L + 1
+    (Howard and Ruder, 2018).
+    """
+    depth, groups = len(blocks(model)), {}
+    for name, parameter in model.named_parameters():
+        match = BLOCK_WEIGHT.search(name.rsplit(".", 1)[0] + ".weight")
+        in_embeddings = any(part in name for part in ("wte", "wpe", "embed"))
+        below = depth - int(match[1]) if match else depth + 1 if in_embeddings else 0
+        decay = recipe.weight_decay if parameter.ndim >= 2 else 0.0
+        group = {"params": [], "lr": recipe.learning_rate * recipe.layer_decay**below, "weight_decay": decay}
+        groups.setdefault((below, decay), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def warmup_and_decay(steps: int, warmup_share: float) -> Callable[[int], float]:
+    """The factor of the learning rate at each step: linear up to 1 over the warm-up, then linear down to nearly 0."""
+    warmup = min(math.ceil(steps * warmup_share), steps - 1)
+    return lambda step: (step + 1) / (warmup + 1) if step < warmup else (steps - step) / (steps - warmup)
+
+
+def make_accelerator(wish: str) -> Accelerator:
+    """An accelerator of the wished precision, also where an earlier one of this process had another."""
+    precision = mixed_precision(wish)
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=precision)
+
+
+def classification_loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    """Cross-entropy of the labels."""
+    return nn.functional.cross_entropy(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+
+
+def train(
+    model: PreTrainedModel,
+    data: IMDbDataset,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    loss_function: Callable = classification_loss,
+    observers: tuple = (),
+    mask_keeper=None,
+    validate: Callable[[nn.Module], float] | None = None,
+    description: str = "training",
+) -> list[dict]:
+    """Train a model in place and leave the weights of its best validation in it.
+
+    loss_function(model, batch) -> scalar; observers see the model after each backward pass, before clipping;
+    mask_keeper keeps pruned weights at zero; validate(model) -> accuracy, asked at the end of each epoch.
+    Returns one dict an epoch: epoch, steps, loss (mean), losses (each step's), accuracy, seconds. Raises
+    ``FloatingPointError`` when the loss is not finite.
+    """
+    torch.manual_seed(seed)
+    # Reviews are padded on the right and attention is causal: no real token sees padding, so no mask is passed.
+    loader = make_loader(data, recipe.batch_size, model.config.pad_token_id, seed)
+    sampler, accelerator = loader.batch_sampler, make_accelerator(recipe.precision)
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, 0.98))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    per_epoch = len(loader)
+    steps = recipe.steps or recipe.epochs * per_epoch
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_decay(steps, recipe.warmup_share))
+
+    history, best, step = [], None, 0
+    with progress(steps, description) as bar:
+        for epoch in range(math.ceil(steps / per_epoch)):
+            sampler.set_epoch(epoch)
+            model.train()
+            losses, started = [], time.time()
+            for batch in loader:
+                with accelerator.autocast():
+                    loss = loss_function(model, batch)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}: lower the learning rate")
+                accelerator.backward(loss)
+                for observer in observers:
+                    observer.after_backward()
+                if mask_keeper:
+                    mask_keeper.mask_gradients()
+                accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                if mask_keeper:
+                    mask_keeper.apply()
+                losses.append(loss.detach())
+                step += 1
+                bar.update()
+                if step == steps:
+                    break
+            losses = torch.stack(losses).tolist()
+            entry = {"epoch": epoch + 1, "steps": step, "loss": sum(losses) / len(losses), "losses": losses}
+            if validate:
+                entry["accuracy"] = validate(model.eval())
+                if best is None or entry["accuracy"] > best[0]:
+                    best = entry["accuracy"], copy.deepcopy(model.state_dict())
+            history.append(entry | {"seconds": time.time() - started})
+    if best:
+        model.load_state_dict(best[1])
+    # Without this the model would keep Accelerate's autocast around its forward pass.
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+    return history
+
+
+def distillation_loss(teacher_logits: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, alpha: float, t: float):
+    """alpha * CE(student, labels) + (1 - alpha) * T^2 * KL(teacher_T || student_T), all logits [batch, classes].
+
+    T^2 keeps the gradients of both terms on one scale as T grows (Hinton et al., 2015).
+    """
+    hard = nn.functional.cross_entropy(logits, labels)
+    soft = nn.functional.kl_div(
+        nn.functional.log_softmax(logits / t, -1),
+        nn.functional.log_softmax(teacher_logits / t, -1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return alpha * hard + (1 - alpha) * t**2 * soft
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """An optimizer's state as named tensors, which safetensors can store: ``"<parameter index>.<entry>"``."""
+    return {
+        f"{i}.{key}": torch.as_tensor(value).contiguous()
+        for i, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Restore what ``optimizer_tensors`` gave, for the same parameters in the same order."""
+    state = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+if __name__ == "__main__":
+    from nbhelpers.experiments import main
+
+    main()

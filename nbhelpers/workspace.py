@@ -1,0 +1,316 @@
+"""Where a run keeps things: artefacts, tables, figures and results; written beside and renamed into place, checksummed.
+
+    .artifacts/<profile>/seed-<n>/<name>/   weights and statistics: safetensors and JSON, each with an artifact.json
+    reports/<profile>/                      figures/, tables/, notebooks/, results.json, index.html
+                                            (reports/<profile>-seed-<n>/ for a seed other than 0)
+
+Both lie in the project's folder, or in the one that the environment variable NBHELPERS_ROOT names.
+"""
+
+import ast
+import contextlib
+import datetime
+import functools
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from nbhelpers.profiles import Profile
+
+# Which function gives the model in an artefact of each kind back. Names, so that nothing below is imported here.
+LOADERS = {
+    "dense": ("nbhelpers.models", "load_dense"),
+    "sparse": ("nbhelpers.sparse.storage", "load_sparse"),
+}
+
+
+# The code that artefacts come out of: when it changes, they are built anew.
+COMPUTING = ("data", "models", "training", "statistics", "criteria", "masks", "evaluation")
+BUILT_HERE: set[Path] = set()
+TENSORS = "tensors.safetensors"  # the file of an artefact's tensors that are not a model's weights
+
+
+class WorkspaceError(RuntimeError):
+    """Something that a run needs is missing, stale or damaged; the message says what and which notebook makes it."""
+
+
+def root() -> Path:
+    """The folder that holds ``.artifacts`` and ``reports``."""
+    return Path(os.environ.get("NBHELPERS_ROOT") or Path(__file__).parent.parent).resolve()
+
+
+def versions() -> dict[str, str]:
+    """The library versions and the device that stand beside every metric."""
+    names = ("torch", "transformers", "datasets", "accelerate", "numpy")
+    found = {name: importlib.import_module(name).__version__ for name in names}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    return {"python": platform.python_version(), **found, "device": device}
+
+
+def revision() -> str:
+    """The git revision of the project's code, or "unknown" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value) -> str:
+    """A short hash of anything that JSON can write."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()[:16]
+
+
+def without_docstrings(tree: ast.Module) -> ast.Module:
+    """The tree of a source file in which only what is executed is left."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                node.body = body[1:]
+    return tree
+
+
+@functools.cache
+def code_fingerprint(*modules: str) -> str:
+    """A hash of modules and packages of nbhelpers as they are on disk, without comments, docstrings and layout."""
+    package = Path(__file__).parent
+    files = [file for name in modules for file in (package / f"{name}.py", *(package / name).glob("*.py"))]
+    trees = {
+        file.relative_to(package).as_posix(): ast.dump(without_docstrings(ast.parse(file.read_text(encoding="utf-8"))))
+        for file in sorted(files)
+        if file.exists()
+    }
+    return fingerprint(trees)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Give a fresh folder to write into, which takes the place of ``folder`` only when the block ends without error."""
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def progress(total: int, description: str) -> tqdm:
+    """A progress bar with time left; silent in a batch run, whose log would keep every frame of it."""
+    return tqdm(total=total, desc=description, leave=False, mininterval=0.5, disable="NBHELPERS_BATCH" in os.environ)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One profile and seed: where its artefacts and reports are, and how to get them back."""
+
+    profile: Profile
+    seed: int
+
+    @property
+    def artifacts(self) -> Path:
+        return root() / ".artifacts" / self.profile.name / f"seed-{self.seed}"
+
+    @property
+    def reports(self) -> Path:
+        return root() / "reports" / (self.profile.name + (f"-seed-{self.seed}" if self.seed else ""))
+
+    def describe(self) -> None:
+        """Print the profile, what was changed in it, the seed, and the versions."""
+        print(f"profile {self.profile.name} ({self.profile.description}), seed {self.seed}")
+        print(", ".join(f"{name} {version}" for name, version in versions().items()))
+
+    # --- artefacts ---
+
+    def cached(
+        self,
+        name: str,
+        settings: dict,
+        build: Callable[[Path], None],
+        inputs: tuple[str, ...] = (),
+        kind: str = "data",
+        made_by: str = "",
+    ) -> Path:
+        """The folder of an artefact, built by ``build(folder)`` only where it is missing or was made otherwise.
+
+        settings: what the artefact depends on; inputs: names of artefacts it is made from; kind: "dense" or "sparse"
+        for a model, "data" for anything else; made_by: the notebook that makes it, named when it is missed elsewhere.
+        """
+        folder = self.artifacts / name
+        made_from = {i: self.artifact(i)["fingerprint"] for i in inputs}
+        code = code_fingerprint(*COMPUTING, *(["sparse"] if kind == "sparse" else []))
+        key = fingerprint({"settings": settings, "inputs": made_from, "code": code})
+        # Forced, each process builds an artefact anew once.
+        forced = bool(os.environ.get("NBHELPERS_FORCE")) and folder not in BUILT_HERE
+        reusable = (folder / "artifact.json").exists() and not forced
+        if reusable and self.artifact(name)["key"] == key:
+            return folder
+        started = time.time()
+        with replace_folder(folder) as partial:
+            build(partial)
+            files = {p.relative_to(partial).as_posix(): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+            record = {
+                "name": name,
+                "kind": kind,
+                "made_by": made_by,
+                "key": key,
+                "fingerprint": fingerprint([key, files]),
+                "settings": settings,
+                "inputs": list(inputs),
+                "profile": asdict(self.profile),
+                "seed": self.seed,
+                "versions": versions(),
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
+                "seconds": round(time.time() - started, 2),
+                "files": files,
+            }
+            write_text(partial / "artifact.json", json.dumps(record, indent=2, default=list) + "\n")
+        BUILT_HERE.add(folder)
+        return folder
+
+    def artifact(self, name: str) -> dict:
+        """What ``artifact.json`` says of an artefact. Raises ``WorkspaceError`` when it is missing or unreadable."""
+        path = self.artifacts / name / "artifact.json"
+        if not path.exists():
+            raise WorkspaceError(
+                f"{name} is missing from {self.artifacts}: run notebook {maker_of(name)} "
+                f"(./run_all.sh --profile {self.profile.name} --only {maker_of(name)})"
+            )
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise WorkspaceError(f"{path} is damaged: run notebook {maker_of(name)} again with --force") from None
+
+    def folder(self, name: str) -> Path:
+        """The folder of a finished artefact after its checksums were found right."""
+        record, folder = self.artifact(name), self.artifacts / name
+        for file, expected in record["files"].items():
+            if not (folder / file).is_file() or sha256(folder / file) != expected:
+                raise WorkspaceError(
+                    f"{folder / file} is missing or damaged: run notebook {maker_of(name)} again with --force"
+                )
+        return folder
+
+    def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of an artefact that keeps some beside or instead of a model: statistics, scores or masks."""
+        return load_file(self.folder(name) / TENSORS)
+
+    # --- models ---
+
+    def models(self) -> list[str]:
+        """Names of the models that this run has made, oldest first."""
+        # A folder with a dot in its name is what a killed run left while it was writing.
+        paths = [path for path in self.artifacts.glob("*/artifact.json") if "." not in path.parent.name]
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        return [r["name"] for r in sorted(records, key=lambda r: r["created"]) if r["kind"] in LOADERS]
+
+    def load_model(self, name: str) -> torch.nn.Module:
+        """A model of this run in eval mode, sparse where it is sparse.
+
+        Raises ``WorkspaceError`` when it is missing, damaged, or not a model.
+        """
+        kind = self.artifact(name)["kind"]
+        if kind not in LOADERS:
+            raise WorkspaceError(f"{name} is not a model: this run has {', '.join(self.models()) or 'none yet'}")
+        module, function = LOADERS[kind]
+        return getattr(importlib.import_module(module), function)(self.folder(name)).eval()
+
+    def predict(self, name: str, texts: list[str]) -> np.ndarray:
+        """P(positive) [n] of texts, with the run's own cleaning, tokenising and truncation."""
+        from nbhelpers.data import clean_text, tokenize
+        from nbhelpers.evaluation import predict_logits
+        from nbhelpers.models import load_tokenizer
+
+        encoded = tokenize([clean_text(text) for text in texts], load_tokenizer(self.profile), self.profile)
+        logits = predict_logits(self.load_model(name), encoded, self.profile.eval_batch_size)
+        return torch.as_tensor(logits).softmax(-1)[:, 1].numpy()
+
+    # --- reports ---
+
+    def results(self) -> dict:
+        """All metrics recorded so far: {section: {metric: value}}."""
+        path = self.reports / "results.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def record(self, section: str, **metrics) -> None:
+        """Set metrics of a section in ``results.json``; every number must be finite."""
+        for name, value in metrics.items():
+            if isinstance(value, float | np.floating) and not math.isfinite(value):
+                raise FloatingPointError(f"metric {section}.{name} is {value}")
+        results = self.results()
+        results.setdefault(section, {}).update(metrics)
+        results["run"] = {"profile": asdict(self.profile), "seed": self.seed, "versions": versions()}
+        results["run"]["revision"] = revision()
+        plain = json.dumps(results, indent=2, default=lambda x: x.item() if hasattr(x, "item") else list(x))
+        write_text(self.reports / "results.json", plain + "\n")
+
+    def save_table(self, name: str, table: pd.DataFrame) -> pd.DataFrame:
+        """Write ``tables/<name>.csv`` (without the index) and hand the table back, to be shown."""
+        write_text(self.reports / "tables" / f"{name}.csv", table.to_csv(index=False))
+        return table
+
+    def load_table(self, name: str) -> pd.DataFrame:
+        """A table that an earlier notebook wrote."""
+        path = self.reports / "tables" / f"{name}.csv"
+        if not path.exists():
+            raise WorkspaceError(f"table {path} is missing: run the notebook that writes it (see ./run_all.sh --list)")
+        return pd.read_csv(path)
+
+    def save_figure(self, name: str, figure) -> None:
+        """Write ``figures/<name>.png``; the figure stays open, so that the notebook shows it."""
+        path = self.reports / "figures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        figure.savefig(partial, format="png")
+        partial.replace(path)
+
+
+def save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write the file that ``Run.load_tensors`` reads."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TENSORS)
+
+
+def maker_of(name: str) -> str:
+    """The number of the notebook that makes an artefact, from the artefact's name."""
+    makers = {"scores": "02", "masks": "03", "recovered": "03", "pruned": "03", "fine_tuned_extra": "03"}
+    makers |= {"sparse": "04", "student": "05"}
+    return next((number for prefix, number in makers.items() if name.startswith(prefix)), "01")
+
+
+def open_run(profile: Profile, seed: int = 0) -> Run:
+    """The run of a profile and a seed; nothing is written until something is saved in it."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise WorkspaceError(f"seed is {seed!r}: it takes a whole number of at least 0")
+    return Run(profile, seed)

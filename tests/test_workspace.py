@@ -1,0 +1,202 @@
+import hashlib
+import json
+import math
+
+import matplotlib
+import matplotlib.figure
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from nbhelpers import workspace as workspace_module
+from nbhelpers.profiles import get_profile
+from nbhelpers.workspace import WorkspaceError, maker_of, open_run, replace_folder, save_tensors, write_text
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}
+
+
+@pytest.fixture
+def run(workspace):
+    return open_run(get_profile("smoke"), seed=3)
+
+
+def build_counted(calls):
+    def build(folder):
+        calls.append(folder)
+        save_tensors(folder, TENSORS)
+
+    return build
+
+
+def leftovers(folder):
+    return [p.name for p in folder.rglob("*") if p.name.endswith((".partial", ".old"))]
+
+
+def test_places_follow_profile_and_seed(run, workspace):
+    assert run.artifacts == workspace / ".artifacts" / "smoke" / "seed-3"
+    assert run.reports == workspace / "reports" / "smoke-seed-3"
+    assert open_run(get_profile("smoke")).reports == workspace / "reports" / "smoke"
+    assert list(workspace.iterdir()) == []
+
+
+@pytest.mark.parametrize("seed", [-1, 1.0, "0", True, None])
+def test_a_seed_is_a_whole_number(workspace, seed):
+    with pytest.raises(WorkspaceError, match="seed"):
+        open_run(get_profile("smoke"), seed)
+
+
+def test_an_artefact_is_built_once_and_gives_back_what_was_saved(run):
+    calls = []
+    for _ in range(2):
+        run.cached("scores_magnitude", {"x": 1}, build_counted(calls))
+    assert len(calls) == 1
+    loaded = run.load_tensors("scores_magnitude")
+    assert loaded.keys() == TENSORS.keys()
+    assert all(torch.equal(loaded[name], TENSORS[name]) for name in TENSORS)
+
+
+def test_the_record_says_what_made_an_artefact_and_its_sums_are_right(run):
+    folder = run.cached("scores_magnitude", {"x": 1}, build_counted([]), made_by="02")
+    record = json.loads((folder / "artifact.json").read_text())
+    assert (record["settings"], record["seed"], record["made_by"]) == ({"x": 1}, 3, "02")
+    assert record["versions"]["torch"] == torch.__version__
+    content = (folder / "tensors.safetensors").read_bytes()
+    assert record["files"] == {"tensors.safetensors": hashlib.sha256(content).hexdigest()}
+
+
+def test_other_settings_or_other_inputs_rebuild(run):
+    calls = []
+    run.cached("fine_tuned", {"x": 1}, build_counted([]))
+    run.cached("masks", {"x": 1}, build_counted(calls), inputs=("fine_tuned",))
+    run.cached("masks", {"x": 2}, build_counted(calls), inputs=("fine_tuned",))
+    run.cached("fine_tuned", {"x": 2}, build_counted([]))
+    run.cached("masks", {"x": 2}, build_counted(calls), inputs=("fine_tuned",))
+    assert len(calls) == 3
+
+
+def test_force_rebuilds(run, monkeypatch):
+    calls = []
+    run.cached("fine_tuned", {"x": 1}, build_counted(calls))
+    monkeypatch.setenv("NBHELPERS_FORCE", "1")
+    monkeypatch.setattr(workspace_module, "BUILT_HERE", set())  # as in a new process
+    run.cached("fine_tuned", {"x": 1}, build_counted(calls))
+    assert len(calls) == 2
+
+
+def test_a_build_that_fails_leaves_the_old_artefact(run):
+    run.cached("fine_tuned", {"x": 1}, build_counted([]))
+
+    def fails(folder):
+        save_tensors(folder, {"a": torch.zeros(1)})
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        run.cached("fine_tuned", {"x": 2}, fails)
+    assert torch.equal(run.load_tensors("fine_tuned")["a"], TENSORS["a"])
+    assert run.artifact("fine_tuned")["settings"] == {"x": 1}
+
+
+def test_a_first_build_that_fails_leaves_no_artefact(run):
+    def fails(folder):
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError):
+        run.cached("fine_tuned", {}, fails)
+    with pytest.raises(WorkspaceError, match="notebook 01"):
+        run.load_tensors("fine_tuned")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
+def test_damage_is_found_on_load_and_named(run, damage):
+    path = run.cached("scores_gradient", {}, build_counted([])) / "tensors.safetensors"
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[-1] ^= 1
+    path.write_bytes({"truncate": content[:-4], "empty": b""}.get(damage, content))
+    if damage == "remove":
+        path.unlink()
+    with pytest.raises(WorkspaceError, match=r"tensors\.safetensors is missing or damaged: run notebook 02 again"):
+        run.load_tensors("scores_gradient")
+
+
+def test_a_damaged_record_is_named(run):
+    folder = run.cached("fine_tuned", {}, build_counted([]))
+    (folder / "artifact.json").write_text('{"name": ')
+    with pytest.raises(WorkspaceError, match=r"artifact\.json is damaged: run notebook 01"):
+        run.load_tensors("fine_tuned")
+
+
+def test_what_is_no_model_is_not_loaded_as_one(run):
+    run.cached("scores_magnitude", {}, build_counted([]))
+    assert run.models() == []
+    with pytest.raises(WorkspaceError, match="not a model"):
+        run.load_model("scores_magnitude")
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("pretrained", "01"),
+        ("fine_tuned", "01"),
+        ("scores_movement", "02"),
+        ("fine_tuned_extra", "03"),
+        ("recovered_merged_90", "03"),
+        ("sparse_magnitude_90", "04"),
+        ("student_distilled_2", "05"),
+    ],
+)
+def test_who_makes_what(name, number):
+    assert maker_of(name) == number
+
+
+def test_metrics_add_up_and_stand_beside_versions_and_seed(run):
+    run.record("fine_tuning", accuracy=np.float32(0.5), reviews=np.int64(7))
+    run.record("fine_tuning", f1=0.25)
+    run.record("captions", a="b")
+    results = json.loads((run.reports / "results.json").read_text())
+    assert results["fine_tuning"] == {"accuracy": 0.5, "reviews": 7, "f1": 0.25}
+    assert results["run"]["seed"] == 3
+    assert results["run"]["versions"]["torch"] == torch.__version__
+    assert results == run.results()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan")])
+def test_a_metric_that_is_no_number_is_refused_and_nothing_changes(run, value):
+    run.record("fine_tuning", accuracy=0.5)
+    before = (run.reports / "results.json").read_text()
+    with pytest.raises(FloatingPointError, match=r"fine_tuning\.f1"):
+        run.record("fine_tuning", f1=value)
+    assert (run.reports / "results.json").read_text() == before
+
+
+def test_tables_come_back_and_a_missing_one_is_named(run):
+    table = pd.DataFrame({"model": ["a", "b"], "accuracy": [0.5, 1 / 3]})
+    assert run.save_table("comparison", table) is table
+    pd.testing.assert_frame_equal(run.load_table("comparison"), table)
+    with pytest.raises(WorkspaceError, match=r"curves\.csv is missing"):
+        run.load_table("curves")
+
+
+def test_figures_are_written_whole(run):
+    run.save_figure("01_x", matplotlib.figure.Figure(figsize=(2, 2)))
+    content = (run.reports / "figures" / "01_x.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and b"IEND" in content[-12:]
+    assert leftovers(run.reports) == []
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "deep" / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new\ud800")
+    assert path.read_text() == "old"
+
+
+def test_leftovers_of_a_killed_build_do_not_get_in(tmp_path):
+    (tmp_path / "x.partial").mkdir()
+    (tmp_path / "x.partial" / "half").write_text("half")
+    with replace_folder(tmp_path / "x") as folder:
+        (folder / "whole").write_text("whole")
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["whole"]
+    assert leftovers(tmp_path) == []
