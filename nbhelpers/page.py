@@ -83,12 +83,15 @@ def headline(results: dict) -> str:
     if not {"dense", "sparse", "student", "test_reviews"} <= found.keys():
         return ""
     dense, sparse, student = found["dense"], found["sparse"], found["student"]
+    line = results.get("fine_tuning", {}).get("tfidf_accuracy")
+    # A model that does not beat a bag of words has to say so, here too.
+    counted = f" TF-IDF with logistic regression, trained on the same reviews, gets {percent(line)}." if line else ""
     return (
         f"On {found['test_reviews']:,} test reviews the fine-tuned model gets {interval(dense)} right. With "
         f"{percent(sparse['encoder_sparsity'], 0)} of its block weights removed, the sparse model gets "
         f"{interval(sparse)}, runs {sparse['speedup']:.1f} times as fast and takes {millions(sparse['file_bytes'])} MB "
         f"on disk instead of {millions(dense['file_bytes'])}. The best student gets {interval(student)} and runs "
-        f"{student['speedup']:.1f} times as fast."
+        f"{student['speedup']:.1f} times as fast.{counted}"
     )
 
 
