@@ -163,7 +163,7 @@ def get_profile(name: str, /, **overrides) -> Profile:
     values = {}
     for field, value in overrides.items():
         if field not in TYPES or field == "name":
-            close = difflib.get_close_matches(field, TYPES, n=1)
+            close = difflib.get_close_matches(field, list(TYPES)[1:], n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(list(TYPES)[1:])}"
             raise ProfileError(f"no field {field!r} in a profile: {hint}")
         values[field] = convert(field, value)
