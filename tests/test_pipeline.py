@@ -1,5 +1,6 @@
 """The pipeline on two small stand-in notebooks, the command line's errors, and the report's page."""
 
+import ast
 import base64
 import html.parser
 import json
@@ -17,7 +18,7 @@ from nbhelpers import execution, page, pipeline, stages
 from nbhelpers.pipeline import main
 from nbhelpers.profiles import get_profile
 from nbhelpers.stages import Stage
-from nbhelpers.workspace import WorkspaceError, open_run
+from nbhelpers.workspace import WorkspaceError, open_run, without_docstrings
 
 PROJECT = Path(__file__).parent.parent
 PIXEL = base64.b64decode(
@@ -212,7 +213,7 @@ def test_prose_in_a_notebook_does_not_make_it_stale(call, notebooks):
 
 def test_code_counts_and_comments_and_docstrings_do_not():
     def dump(source):
-        return stages.ast.dump(stages.without_docstrings(stages.ast.parse(source)))
+        return ast.dump(without_docstrings(ast.parse(source)))
 
     code = 'def f(x):\n    """One."""\n    return x + 1\n'
     assert dump(code) == dump('# why\ndef f(x):\n    """Two."""\n\n    return (x + 1)  # so\n')
