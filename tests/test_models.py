@@ -172,7 +172,8 @@ def test_a_model_is_float32_in_eval_mode_with_two_named_classes_and_a_padding_to
     assert model.score.out_features == 2
     assert model.config.id2label == {0: "negative", 1: "positive"}
     assert model.config.pad_token_id == tokenizer.pad_token_id
-    assert model.config.resid_pdrop == model.config.embd_pdrop == model.config.attn_pdrop == 0.25
+    assert model.config.resid_pdrop == model.config.embd_pdrop == 0.25
+    assert model.config.attn_pdrop == 0.0, "it would forbid the fused attention"
 
 
 def test_the_mini_model_has_a_pretrained_body_that_no_seed_changes_and_a_random_head():
