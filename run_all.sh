@@ -34,10 +34,14 @@ if [ "$(cat "$venv/requirements.stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" >"$venv/requirements.stamp"
 fi
 
+# A path file: the package is found by notebooks in JupyterLab, from any folder.
+packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+echo "$root" >"$packages/model-compression-lab.pth"
+
 if [ "${1:-}" = test ]; then
     shift
     cd "$root"
     exec "$venv/bin/python" -m pytest "$@"
 fi
-# -P and PYTHONPATH: the package is found from any folder, and nothing in that folder is taken for it.
-PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$venv/bin/python" -P -m nbhelpers.pipeline "$@"
+# -P: nothing in the folder where this is called is taken for the package.
+exec "$venv/bin/python" -P -m nbhelpers.pipeline "$@"
