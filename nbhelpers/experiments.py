@@ -221,7 +221,7 @@ def train_control(run: Run) -> float:
 
 def validation_accuracy(run: Run, name: str) -> float:
     """A model's accuracy on the validation reviews."""
-    return float((split_logits(run, name, "validation").argmax(1) == dataset(run, "validation").labels).mean())
+    return float(answers_right(run, name, "validation").mean())
 
 
 # --- 04: sparse conversion ---
@@ -321,6 +321,11 @@ def split_logits(run: Run, name: str, split: str) -> np.ndarray:
     return run.load_tensors(artefact)["logits"].numpy()
 
 
+def answers_right(run: Run, name: str, split: str) -> np.ndarray:
+    """Which reviews of a split a model gets right: bool [n]."""
+    return split_logits(run, name, split).argmax(1) == dataset(run, split).labels
+
+
 def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """P(class) [n, classes] of logits, softened by a temperature."""
     return softmax(logits / temperature, axis=-1)
@@ -362,11 +367,10 @@ def comparison_table(run: Run, names: list[str]) -> pd.DataFrame:
     models = {name: run.load_model(name) for name in names}
     batch = latency_batch(run, run.profile.latency_batches[-1])
     cost = measure_inference_efficiency(models, [batch], run.profile.latency_repeats).set_index("model")
-    reference = split_logits(run, names[0], "test").argmax(1) == labels
+    reference = answers_right(run, names[0], "test")
     rows = []
     for name, model in models.items():
-        logits = split_logits(run, name, "test")
-        quality, size = evaluate_model(logits, labels), count_actual_params(model)
+        quality, size = evaluate_model(split_logits(run, name, "test"), labels), count_actual_params(model)
         rows.append(
             {
                 "model": name,
@@ -379,7 +383,7 @@ def comparison_table(run: Run, names: list[str]) -> pd.DataFrame:
                 "encoder_sparsity": size["encoder_sparsity"],
                 "file_bytes": model_bytes(run, name),
                 **cost.loc[name, ["latency_ms", "speedup", "peak_memory_bytes"]].to_dict(),
-                "p_value": mcnemar(logits.argmax(1) == labels, reference),
+                "p_value": mcnemar(answers_right(run, name, "test"), reference),
             }
         )
     return pd.DataFrame(rows)

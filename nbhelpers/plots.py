@@ -143,6 +143,14 @@ def intervals(table: pd.DataFrame, value: str, title: str, xlabel: str, referenc
     return figure
 
 
+def differences(significance: pd.DataFrame, title: str) -> Figure:
+    """Paired differences of accuracy in points with their intervals, from rows of ``evaluation.significance_table``."""
+    points = 100 * significance[["difference", "low", "high"]]
+    table = points.set_axis(["points", "points_low", "points_high"], axis=1)
+    table.insert(0, "model", significance["comparison"].str.split(" - ").str[0])
+    return intervals(table, "points", title, "points of accuracy, 95 % interval", 0)
+
+
 def by_layer_and_module(values: dict[str, float]) -> pd.DataFrame:
     """Numbers by parameter name as a table, layers in rows (bottom layer first) and modules in columns."""
     rows = [(*position(name), value) for name, value in values.items()]

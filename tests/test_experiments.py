@@ -295,6 +295,14 @@ def test_predict_cleans_what_it_is_given_and_does_not_mind_company(chain):
     assert np.isfinite(raw).all()
 
 
+def test_the_reviews_that_a_model_gets_right_are_those_that_it_predicts_right_one_by_one(chain):
+    run, *_ = chain
+    reviews = load_reviews(run.profile, run.seed)["validation"]
+    expected = [(run.predict("fine_tuned", [row["text"]])[0] > 0.5) == row["label"] for row in reviews]
+    assert experiments.answers_right(run, "fine_tuned", "validation").tolist() == expected
+    assert experiments.validation_accuracy(run, "fine_tuned") == pytest.approx(np.mean(expected))
+
+
 def test_probabilities_are_a_softmax_that_temperature_softens():
     logits = np.array([[0.0, np.log(3.0)], [2.0, 2.0]])
     np.testing.assert_allclose(experiments.probabilities(logits), [[0.25, 0.75], [0.5, 0.5]])

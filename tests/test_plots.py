@@ -267,3 +267,19 @@ def test_show_saves_the_figure_and_its_reading_and_closes_it(tmp_path, monkeypat
     }
     assert shown[0] is figure
     assert not plt.fignum_exists(figure.number)
+
+
+def test_differences_are_drawn_in_points_with_the_first_model_of_each_comparison_as_its_label():
+    table = pd.DataFrame(
+        {
+            "comparison": ["sparse_merged_90 - fine_tuned", "student_distilled_2 - fine_tuned"],
+            "difference": [-0.02, 0.01],
+            "low": [-0.05, -0.03],
+            "high": [0.01, 0.04],
+        }
+    )
+    (ax,) = plots.differences(table, "Against the dense model").axes
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["student distilled 2", "sparse merged 90"]
+    spans = [line.get_xdata() for line in ax.lines if len(line.get_xdata()) == 2]
+    assert any(span == pytest.approx([-5, 1]) for span in spans)
+    assert any(span == pytest.approx([-3, 4]) for span in spans)
