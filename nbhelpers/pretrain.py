@@ -4,9 +4,14 @@ One command re-creates the checkpoint, on a CPU or a GPU; started again, it goes
 
     python -m nbhelpers.pretrain --texts unsupervised.parquet --work .artifacts/pretrain --tokens 50e6
 
+On a CPU, two processes of one thread each do more than one process of two threads (1.4 times as many tokens a second
+on two cores), because a model this small leaves threads waiting for each other. The processes share every batch:
+
+    ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 2 -m nbhelpers.pretrain --texts unsupervised.parquet
+
 The recipe: byte-level BPE; reviews packed into full windows (no padding); Muon for the block matrices and AdamW for
 the rest; warm-up, a constant learning rate, and a linear decay over the last fifth of the tokens, so that a run can
-later be prolonged from the end of its plateau.
+later be prolonged from the end of its plateau. ``--start-from FOLDER`` goes on from published weights instead.
 """
 
 import argparse
@@ -144,6 +149,16 @@ def bits_per_byte(model, tokenizer, texts: list[str]) -> float:
     return nats / math.log(2) / size
 
 
+def average_gradients(model, accelerator: Accelerator) -> None:
+    """Replace every gradient by its mean over the processes, all of them in one message."""
+    if accelerator.num_processes == 1:
+        return
+    gradients = [parameter.grad for parameter in model.parameters()]
+    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
 def learning_rate_factor(progress: float, warmup: float = 0.01) -> float:
     """Warm-up, plateau, linear decay; progress in [0, 1]."""
     return min(1.0, progress / warmup + 1e-3, (1 - progress) / DECAY)
@@ -183,69 +198,67 @@ def load_checkpoint(folder: Path, model, optimizers) -> tuple[int, int]:
 def pretrain(args) -> None:
     """Train the tokenizer and the model, or go on from the last checkpoint in ``args.work``; then export."""
     work, budget = Path(args.work), int(args.tokens)
+    precision = mixed_precision()
+    accelerator = Accelerator(mixed_precision=precision)
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    main, processes = accelerator.is_main_process, accelerator.num_processes
+    if args.batch % processes:
+        raise SystemExit(f"error: --batch is {args.batch}: it takes a multiple of the {processes} processes")
     texts = read_texts(args.texts)
-    tokenizer_folder = work / "tokenizer"
-    if not (tokenizer_folder / "tokenizer_config.json").exists():
-        train_tokenizer(texts, args.vocabulary, tokenizer_folder)
-    tokenizer = GPT2TokenizerFast.from_pretrained(tokenizer_folder)
+    with accelerator.main_process_first():
+        tokenizer = make_tokenizer(texts, args)
     encoded = encode(tokenizer, texts)
     total = sum(map(len, encoded))
     if total < args.batch * CONTEXT:
         raise SystemExit(f"error: {args.texts} has {total:,} tokens: a batch takes {args.batch * CONTEXT:,}")
-    print(f"{len(texts):,} texts, {total:,} tokens, {budget / total:.2f} epochs ahead", flush=True)
 
     torch.manual_seed(args.seed)
-    precision = mixed_precision()
-    accelerator = Accelerator(mixed_precision=precision)
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=CONTEXT,
-        n_embd=args.width,
-        n_layer=args.layers,
-        n_head=args.width // 64,
-        # The same function as gelu_new, as one kernel instead of eight.
-        activation_function="gelu_pytorch_tanh",
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **{f"{name}_pdrop": 0.0 for name in ("resid", "embd", "attn")},
-    )
-    model = GPT2LMHeadModel(config).to(accelerator.device)
+    model, first = make_model(tokenizer, args)
+    model.to(accelerator.device)
+    per_step = args.batch * CONTEXT
+    # Where published weights are prolonged, the order of the texts goes on as well.
+    tokens, step = first, first // per_step
     optimizers = make_optimizers(model, args.optimizer, args.muon_lr, args.adam_lr)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    tokens, step = 0, 0
     if (work / "latest" / "state.json").exists():
         tokens, step = load_checkpoint(work / "latest", model, optimizers)
-        print(f"going on at step {step:,}, {tokens / 1e6:.1f}M tokens", flush=True)
+        accelerator.print(f"going on at step {step:,}, {tokens / 1e6:.1f}M tokens", flush=True)
+    accelerator.print(
+        f"{len(texts):,} texts, {total:,} tokens, {(budget - tokens) / total:.2f} epochs ahead, "
+        f"{processes} process(es), precision {precision}",
+        flush=True,
+    )
 
     held_out = held_out_texts()
     started, started_at, saved, reported = time.time(), tokens, time.time(), time.time()
-    per_step = args.batch * CONTEXT
+    per_epoch = total // CONTEXT // args.batch * args.batch
     epoch, data = -1, None
     model.train()
     while tokens < budget:
         position = step * args.batch
-        per_epoch = total // CONTEXT // args.batch * args.batch
         if position // per_epoch != epoch:
             epoch = position // per_epoch
             data = windows(encoded, epoch, args.seed)
-        rows = data[position % per_epoch : position % per_epoch + args.batch]
+        rows = data[position % per_epoch : position % per_epoch + args.batch][accelerator.process_index :: processes]
         ids = torch.as_tensor(rows, dtype=torch.long, device=accelerator.device)
         with accelerator.autocast():
             loss = language_model_loss(model, ids, low)
         loss.backward()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {loss.item()} at step {step}: lower --muon-lr or --adam-lr")
+        average_gradients(model, accelerator)
         clip_grad_norm_(model.parameters(), 1.0)
+        progress = (tokens - first) / (budget - first)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * learning_rate_factor(tokens / budget)
+            optimizer.param_groups[0]["lr"] = peak * learning_rate_factor(progress)
             optimizer.step()
             optimizer.zero_grad()
-        # The end of the plateau is kept: a longer run can go on from there.
-        if tokens / budget < 1 - DECAY <= (tokens + per_step) / budget:
-            save_checkpoint(work / "plateau", model, optimizers, tokens + per_step, step + 1)
         tokens, step = tokens + per_step, step + 1
+        if not main:
+            continue
+        # The end of the plateau is kept: a longer run can go on from there.
+        if progress < 1 - DECAY <= (tokens - first) / (budget - first):
+            save_checkpoint(work / "plateau", model, optimizers, tokens, step)
         if time.time() - reported > 60 or tokens >= budget:
             reported = time.time()
             speed = (tokens - started_at) / (reported - started)
@@ -260,7 +273,47 @@ def pretrain(args) -> None:
             model.eval()
             print(f"held-out bits per byte {bits_per_byte(model, tokenizer, held_out):.4f}", flush=True)
             model.train()
-    export(model, tokenizer, Path(args.out), tokens, total, args)
+    if main:
+        export(model, tokenizer, Path(args.out), tokens, total, args)
+
+
+def make_tokenizer(texts: list[str], args) -> GPT2TokenizerFast:
+    """The tokenizer of the weights that are prolonged, or of an earlier start, or a new one."""
+    if args.start_from:
+        return GPT2TokenizerFast.from_pretrained(args.start_from)
+    folder = Path(args.work) / "tokenizer"
+    if not (folder / "tokenizer_config.json").exists():
+        train_tokenizer(texts, args.vocabulary, folder)
+    return GPT2TokenizerFast.from_pretrained(folder)
+
+
+def make_model(tokenizer, args) -> tuple[GPT2LMHeadModel, int]:
+    """A random model, or the published one in ``args.start_from``, float32; and how many tokens it has seen."""
+    if args.start_from:
+        model = GPT2LMHeadModel.from_pretrained(args.start_from, dtype=torch.float32)
+        return model, read_facts(args.start_from)["tokens_seen"]
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=CONTEXT,
+        n_embd=args.width,
+        n_layer=args.layers,
+        n_head=args.width // 64,
+        # The same function as gelu_new, as one kernel instead of eight.
+        activation_function="gelu_pytorch_tanh",
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **{f"{name}_pdrop": 0.0 for name in ("resid", "embd", "attn")},
+    )
+    return GPT2LMHeadModel(config), 0
+
+
+def read_facts(folder: str | Path) -> dict:
+    """The facts that ``export`` wrote beside published weights."""
+    path = Path(folder) / "facts.json"
+    if not path.is_file():
+        raise SystemExit(f"error: {path} is missing: --start-from takes a folder that this command has written")
+    return json.loads(path.read_text())
 
 
 def export(model, tokenizer, folder: Path, tokens: int, total: int, args) -> None:
@@ -275,9 +328,12 @@ def export(model, tokenizer, folder: Path, tokens: int, total: int, args) -> Non
         "epochs": tokens / total,
         "held_out_reviews": HELD_OUT,
         "held_out_bits_per_byte": measured,
-        "recipe": {k: v for k, v in vars(args).items() if k not in ("texts", "work", "out")},
+        "recipe": {k: v for k, v in vars(args).items() if k not in ("texts", "work", "out", "start_from")}
+        | {"width": model.config.n_embd, "layers": model.config.n_layer, "vocabulary": model.config.vocab_size},
         "torch": torch.__version__,
     }
+    if args.start_from:
+        facts["started_from"] = read_facts(args.start_from)
     (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     (folder / "README.md").write_text(model_card(facts, model.config))
     print(f"wrote {folder}: held-out bits per byte {measured:.4f}")
@@ -327,7 +383,10 @@ def main() -> None:
     parser.add_argument("--texts", required=True, help="parquet or csv with a column text, or a text file")
     parser.add_argument("--work", default=".artifacts/pretrain", help="folder of checkpoints; a second start goes on")
     parser.add_argument("--out", default=str(Path(__file__).parent / "pretrained"), help="where the model is written")
-    parser.add_argument("--tokens", type=float, default=50e6, help="tokens to train on")
+    parser.add_argument(
+        "--start-from", help="folder of published weights to go on from (shape and tokenizer are theirs)"
+    )
+    parser.add_argument("--tokens", type=float, default=50e6, help="tokens to have seen at the end")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=8192)

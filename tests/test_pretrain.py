@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -250,6 +251,7 @@ def arguments(folder, tokens: int = 640, **changes) -> argparse.Namespace:
         "texts": folder.parent / "corpus.txt",
         "work": folder / "work",
         "out": folder / "out",
+        "start_from": None,
         "tokens": tokens,
         "width": 64,
         "layers": 1,
@@ -336,6 +338,49 @@ def test_a_finished_run_started_again_only_exports(small, capsys):
     after = load_file(args.work / "latest" / "model.safetensors")
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert "going on at step 2" in capsys.readouterr().out
+
+
+def test_published_weights_are_prolonged_with_their_tokenizer_and_their_place_in_the_texts(small):
+    first = arguments(small / "first")
+    pretrain.pretrain(first)
+    second = arguments(small / "second", tokens=1280, start_from=str(first.out), width=128, muon_lr=1e-9, adam_lr=1e-9)
+    pretrain.pretrain(second)
+    facts = [json.loads((args.out / "facts.json").read_text()) for args in (first, second)]
+    assert (facts[1]["tokens_seen"], facts[1]["started_from"]) == (1280, facts[0])
+    assert facts[1]["recipe"]["width"] == 64, "the shape is that of the weights"
+    assert not (second.work / "tokenizer").exists()
+    assert json.loads((second.work / "plateau" / "state.json").read_text()) == {"tokens": 640 + 512, "step": 18}
+    # At a learning rate of nearly nothing the weights stay those that were published.
+    weights = [AutoModelForCausalLM.from_pretrained(args.out).state_dict() for args in (first, second)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-6)
+
+
+def test_a_folder_without_facts_cannot_be_prolonged(small):
+    first = arguments(small / "first", tokens=64)
+    pretrain.pretrain(first)
+    (first.out / "facts.json").unlink()
+    with pytest.raises(SystemExit, match=r"facts\.json is missing: --start-from takes"):
+        pretrain.pretrain(arguments(small / "second", start_from=str(first.out)))
+
+
+def test_two_processes_share_the_batches_and_reach_the_weights_of_one(small):
+    alone, shared = arguments(small / "alone"), arguments(small / "shared")
+    pretrain.pretrain(alone)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    debug_launcher(pretrain.pretrain, (shared,), num_processes=2)
+    weights = [load_file(args.work / "latest" / "model.safetensors") for args in (alone, shared)]
+    start = GPT2LMHeadModel(AutoModelForCausalLM.from_pretrained(alone.out).config).state_dict()
+    for name, value in weights[0].items():
+        moved = (value - start[name]).abs().max()
+        # The mean of two halves is summed in another order; Muon and Adam amplify that over ten steps.
+        assert (weights[1][name] - value).abs().max() < 0.02 * moved, name
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(small, monkeypatch):
+    monkeypatch.setattr(pretrain.Accelerator, "num_processes", property(lambda _: 2))
+    with pytest.raises(SystemExit, match="--batch is 3: it takes a multiple of the 2 processes"):
+        pretrain.pretrain(arguments(small / "run", batch=3))
 
 
 # --- what ships ---
