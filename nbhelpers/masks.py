@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from nbhelpers.criteria import flag_below, merge_scores
-from nbhelpers.models import prunable_weights
+from nbhelpers.models import Structures, prunable_weights
 
 Tensors = dict[str, torch.Tensor]
 
@@ -76,6 +76,39 @@ def select(scores: Tensors, sparsity: float, scope: str = "global") -> Tensors:
         masks = [select_lowest({name: score}, round(sparsity * score.numel())) for name, score in scores.items()]
         return {name: mask for part in masks for name, mask in part.items()}
     raise ValueError(f"scope is {scope!r}: it takes global or layer")
+
+
+def select_structures(scores: Tensors, structures: list[Structures], sparsity: float) -> Tensors:
+    """Masks that drop whole attention heads and neurons: {parameter name: bool tensor, True = kept}.
+
+    A structure's score is the mean of its weights' scores. The lowest ones fall until the share of weights dropped is
+    as near to ``sparsity`` as whole structures allow. The best of each attention and each MLP stays. Equal scores fall
+    in the order of the structures. Raises ``ValueError`` for a sparsity outside [0, 1].
+    """
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity is {sparsity}: it takes a number from 0 to 1")
+    means, sizes = [], []
+    for structure in structures:
+        slices = [structure.slices(scores, part).double() for part in structure.parts]
+        size = sum(part[:, 0].numel() for part in slices)
+        mean = sum(part.sum((0, 2, 3)) for part in slices) / size
+        mean[mean.argmax()] = torch.inf
+        means.append(mean)
+        sizes.append(torch.full((structure.count,), size))
+    mean, size = torch.cat(means), torch.cat(sizes)
+    order = mean.argsort(stable=True)[: int(mean.isfinite().sum())]
+    total = sum(score.numel() for score in scores.values())
+    dropped = torch.cat([torch.zeros(1, dtype=torch.long), size[order].cumsum(0)])
+    kept = torch.ones(len(mean), dtype=torch.bool)
+    kept[order[: int((dropped - sparsity * total).abs().argmin())]] = False
+    masks = {name: torch.ones(score.shape, dtype=torch.bool) for name, score in scores.items()}
+    for structure, left in zip(structures, kept.split([s.count for s in structures]), strict=True):
+        for part in structure.parts:
+            # A view of the mask where the dimension comes first: writing into it writes into the mask.
+            name, dimension, groups = part
+            first = masks[name].movedim(dimension, 0)
+            first[~left.repeat_interleave(len(first) // (groups * structure.count)).repeat(groups)] = False
+    return masks
 
 
 def identify_useless_parameters(

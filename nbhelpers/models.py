@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -188,6 +189,41 @@ def position(name: str) -> tuple[int, str]:
     """Layer number and module of a prunable weight: ``transformer.h.3.mlp.c_fc.weight`` -> (3, "mlp.c_fc")."""
     match = BLOCK_WEIGHT.search(name)
     return int(match[1]), match[2]
+
+
+@dataclass(frozen=True)
+class Structures:
+    """The heads of an attention, or the neurons of an MLP: parts of a model that can be taken out whole.
+
+    parts: (parameter name, dimension, groups) of each matrix that holds a slice for every one of them; the dimension
+    is laid out as [groups, count, size], as in GPT-2's ``c_attn`` with its groups query, key and value.
+    """
+
+    name: str
+    count: int
+    parts: tuple[tuple[str, int, int], ...]
+
+    def slices(self, weights: dict[str, torch.Tensor], part: tuple[str, int, int]) -> torch.Tensor:
+        """A view of a part's matrix as [groups, count, size, rest]: ``[:, i]`` belongs to the structure i."""
+        name, dimension, groups = part
+        first = weights[name].movedim(dimension, 0)
+        return first.reshape(groups, self.count, first.shape[0] // (groups * self.count), -1)
+
+
+def structures(model: PreTrainedModel) -> list[Structures]:
+    """The attention heads and MLP neurons of every block, bottom first; raises ``ModelError`` unless it is a GPT-2."""
+    if model.config.model_type != "gpt2":
+        raise ModelError(f"{type(model).__name__}: heads and neurons can be taken out of a GPT-2 only")
+    found, prefix = [], f"{model.base_model_prefix}.h"
+    for i, block in enumerate(blocks(model)):
+        attention, mlp = f"{prefix}.{i}.attn", f"{prefix}.{i}.mlp"
+        heads = ((f"{attention}.c_attn.weight", 1, 3), (f"{attention}.c_proj.weight", 0, 1))
+        neurons = ((f"{mlp}.c_fc.weight", 1, 1), (f"{mlp}.c_proj.weight", 0, 1))
+        found += [
+            Structures(attention, model.config.num_attention_heads, heads),
+            Structures(mlp, block.mlp.c_fc.weight.shape[1], neurons),
+        ]
+    return found
 
 
 def load_dense(folder: Path) -> PreTrainedModel:

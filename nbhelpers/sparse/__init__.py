@@ -1,5 +1,6 @@
 """Sparse execution: the kernel, the layers, GPT-2 made of them, and their files."""
 
+from nbhelpers.sparse.compaction import compact
 from nbhelpers.sparse.gpt2 import (
     SparseGPT2Attention,
     SparseGPT2Block,
@@ -19,6 +20,7 @@ __all__ = [
     "SparseGPT2MLP",
     "SparseGPT2Model",
     "SparseLinear",
+    "compact",
     "convert_gpt2_to_sparse",
     "count_actual_params",
     "load_sparse",

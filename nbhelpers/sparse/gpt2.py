@@ -15,9 +15,25 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from nbhelpers.sparse import kernels
+from nbhelpers.sparse.compaction import compact_blocks
 from nbhelpers.sparse.layers import Float32Inference, SparseLinear
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names of the function that the kernel has built in
+
+
+def kept_heads(config: GPT2Config) -> list[int]:
+    """How many attention heads each block has."""
+    return getattr(config, "kept_heads", None) or [config.num_attention_heads] * config.num_hidden_layers
+
+
+def inner_size(config: GPT2Config) -> int:
+    """How many MLP neurons a block of the architecture has."""
+    return config.n_inner or 4 * config.hidden_size
+
+
+def kept_neurons(config: GPT2Config) -> list[int]:
+    """How many MLP neurons each block has."""
+    return getattr(config, "kept_neurons", None) or [inner_size(config)] * config.num_hidden_layers
 
 
 class Packing:
@@ -52,14 +68,14 @@ class SparseGPT2Attention(Float32Inference):
 
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
-        width = config.hidden_size
-        self.heads, self.scale = config.num_attention_heads, 1.0
+        width, size = config.hidden_size, config.hidden_size // config.num_attention_heads
+        self.heads, self.scale = kept_heads(config)[layer], 1.0
         if config.scale_attn_weights:
-            self.scale = (width // self.heads) ** -0.5
+            self.scale = size**-0.5
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
-        self.c_attn = SparseLinear(width, 3 * width)
-        self.c_proj = SparseLinear(width, width)
+        self.c_attn = SparseLinear(width, 3 * self.heads * size)
+        self.c_proj = SparseLinear(self.heads * size, width)
 
     def forward(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         """x: [tokens, width] -> [tokens, width]."""
@@ -74,10 +90,9 @@ class SparseGPT2Attention(Float32Inference):
 class SparseGPT2MLP(Float32Inference):
     """Two sparse layers with an activation between; one call of the kernel where it has both layers and GELU."""
 
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
-        width = config.hidden_size
-        inner = config.n_inner or 4 * width
+        width, inner = config.hidden_size, kept_neurons(config)[layer]
         self.activation = config.activation_function
         self.c_fc = SparseLinear(width, inner)
         self.c_proj = SparseLinear(inner, width)
@@ -105,7 +120,7 @@ class SparseGPT2Block(Float32Inference):
         self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.attn = SparseGPT2Attention(config, layer)
         self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mlp = SparseGPT2MLP(config)
+        self.mlp = SparseGPT2MLP(config, layer)
 
     def forward(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         """x: [tokens, width] -> [tokens, width]."""
@@ -179,7 +194,8 @@ class SparseGPT2ForSequenceClassification(Float32Inference):
 def convert_gpt2_to_sparse(model: nn.Module, backend: str = "auto") -> SparseGPT2ForSequenceClassification:
     """The sparse model that gives the logits of a (masked) ``GPT2ForSequenceClassification``, within float rounding.
 
-    Weights that are zero are dropped; all others are copied. backend: see ``SparseLinear.from_dense``.
+    Weights that are zero are dropped, and so are heads and neurons that have none left (see ``compaction``); all
+    others are copied. backend: see ``SparseLinear.from_dense``.
     Raises ``TypeError`` for another architecture.
     """
     if not isinstance(model, GPT2ForSequenceClassification) or model.config.add_cross_attention:
@@ -187,9 +203,12 @@ def convert_gpt2_to_sparse(model: nn.Module, backend: str = "auto") -> SparseGPT
             f"convert_gpt2_to_sparse takes a GPT2ForSequenceClassification without cross-attention, "
             f"not {type(model).__name__}: use SparseLinear.from_dense on the layers of other models"
         )
-    sparse = skeleton(copy.deepcopy(model.config))
-    for name in sparse_names(sparse):
-        sparse.set_submodule(name, SparseLinear.from_dense(model.get_submodule(name), backend))
+    layers, heads, neurons = compact_blocks(model)
+    config = copy.deepcopy(model.config)
+    config.kept_heads, config.kept_neurons = heads, neurons
+    sparse = skeleton(config)
+    for name, layer in layers.items():
+        sparse.set_submodule(name, SparseLinear.from_dense(layer, backend))
     state = {k: v.detach().to(torch.float32, copy=True) for k, v in model.state_dict().items()}
     fill(sparse, {name: state[name] for name, _ in sparse.named_parameters()})
     return sparse
@@ -215,14 +234,18 @@ def fill(model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
 def count_actual_params(model: nn.Module) -> dict[str, int | float]:
     """How many parameters a model has and how many of them still do something.
 
-    total: all that the architecture has; prunable: the attention and MLP matrices of the blocks; active: total less
-    the prunable weights that are zero; encoder_sparsity: the share of the prunable ones that are zero.
+    total: all that the architecture has; prunable: the attention and MLP matrices of the blocks; active: those of the
+    prunable weights that are not zero, and all others that are still there; encoder_sparsity: the share of the prunable
+    ones that are gone. A sparse model is counted against the model that it was made from.
     """
     if isinstance(model, SparseGPT2ForSequenceClassification):
         layers = [model.get_submodule(name) for name in sparse_names(model)]
-        prunable = sum(layer.in_features * layer.out_features for layer in layers)
+        width, inner = model.config.hidden_size, inner_size(model.config)
+        others = sum(parameter.numel() for parameter in model.parameters())
+        prunable = len(layers) // 4 * (4 * width**2 + 2 * width * inner)
         left = sum(layer.nonzeros for layer in layers)
-        total = prunable + sum(len(layer.bias) for layer in layers) + sum(p.numel() for p in model.parameters())
+        total = prunable + len(layers) // 4 * (5 * width + inner) + others
+        active = left + sum(len(layer.bias) for layer in layers) + others
     else:
         from nbhelpers.models import prunable_weights
 
@@ -230,5 +253,6 @@ def count_actual_params(model: nn.Module) -> dict[str, int | float]:
         prunable = sum(weight.numel() for weight in weights)
         left = sum(int(torch.count_nonzero(weight)) for weight in weights)
         total = sum(parameter.numel() for parameter in model.parameters())
+        active = total - prunable + left
     sparsity = 1 - left / prunable if prunable else 0.0
-    return {"total": total, "active": total - prunable + left, "prunable": prunable, "encoder_sparsity": sparsity}
+    return {"total": total, "active": active, "prunable": prunable, "encoder_sparsity": sparsity}
