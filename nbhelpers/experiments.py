@@ -29,12 +29,13 @@ from nbhelpers.models import (
     prunable_weights,
     save_dense,
     source_fingerprint,
+    structures,
 )
 from nbhelpers.profiles import Profile, ProfileError, get_profile, parse_overrides
 from nbhelpers.sparse import convert_gpt2_to_sparse, count_actual_params, save_sparse
 from nbhelpers.statistics import GradientMagnitude
 from nbhelpers.training import Recipe, distillation_loss, recipe_for, train
-from nbhelpers.workspace import TENSORS, Run, WorkspaceError, fingerprint, open_run, save_tensors
+from nbhelpers.workspace import TENSORS, Run, WorkspaceError, fingerprint, maker_of, open_run, save_tensors
 
 DATA_FIELDS = ("data", "data_revision", "train_size", "validation_size", "test_size", "max_tokens", "head_share")
 MODEL_FIELDS = ("model", "model_revision", "dropout")
@@ -170,12 +171,14 @@ def prune_model(run: Run, masks_: dict[str, torch.Tensor]) -> torch.nn.Module:
     return masks.apply_masks(run.load_model("fine_tuned"), masks_)
 
 
-def recover_model(run: Run, criterion: str, sparsity: float, chosen: dict[str, torch.Tensor]) -> dict:
-    """Artefact ``recovered_<criterion>_<percent>``: pruned, then trained on with its masks held.
+def recover_model(
+    run: Run, criterion: str, sparsity: float, chosen: dict[str, torch.Tensor], stage: str = "recovered"
+) -> dict:
+    """Artefact ``<stage>_<criterion>_<percent>``: pruned, then trained on with its masks held.
 
     Returns criterion, sparsity (reached), accuracy (validation), and how many pruned weights revived (0).
     """
-    name = model_name("recovered", criterion, sparsity)
+    name = model_name(stage, criterion, sparsity)
 
     def build(folder):
         model = run.load_model("fine_tuned")
@@ -187,7 +190,7 @@ def recover_model(run: Run, criterion: str, sparsity: float, chosen: dict[str, t
     bits = b"".join(np.packbits(mask.numpy()).tobytes() for mask in chosen.values())
     settings = pick(run.profile, *RECOVERY_FIELDS, masks=hashlib.sha256(bits).hexdigest(), seed=run.seed)
     inputs = ("fine_tuned", *(f"scores_{c}" for c in criteria.CRITERIA))
-    run.cached(name, settings, build, inputs, kind="dense", made_by="03")
+    run.cached(name, settings, build, inputs, kind="dense", made_by=maker_of(name))
     zeros = {n: w != 0 for n, w in prunable_weights(run.load_model(name)).items()}
     return {
         "criterion": criterion,
@@ -254,6 +257,28 @@ def sparsify(run: Run, criterion: str, sparsity: float) -> Path:
     return run.cached(
         model_name("sparse", criterion, sparsity), settings, build, (source,), kind="sparse", made_by="04"
     )
+
+
+def structured_masks(run: Run, sparsity: float) -> dict[str, torch.Tensor]:
+    """The masks of whole heads and neurons by the best criterion's scores, nearest to a sparsity."""
+    scores = with_merge(score_weights(run))[best_criterion(run)]
+    return masks.select_structures(scores, structures(run.load_model("fine_tuned")), sparsity)
+
+
+def compact_model(run: Run, sparsity: float) -> dict:
+    """Artefacts ``structured_<criterion>_<percent>``, recovered, and ``compact_...``, the same with shrunken matrices.
+
+    Returns the row of ``recover_model``, with the compact model's name as ``model``.
+    """
+    criterion = best_criterion(run)
+    row = recover_model(run, criterion, sparsity, structured_masks(run, sparsity), "structured")
+    source, name = (model_name(stage, criterion, sparsity) for stage in ("structured", "compact"))
+
+    def build(folder):
+        save_sparse(convert_gpt2_to_sparse(run.load_model(source), backend="dense"), folder)
+
+    run.cached(name, {"sparsity": sparsity}, build, (source,), kind="sparse", made_by="04")
+    return {"model": name, **row}
 
 
 # --- 05: distillation ---
@@ -335,14 +360,18 @@ def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 
 
 def compared_models(run: Run) -> list[str]:
-    """The models that notebook 06 compares: dense, control, recovered, sparse, students. Raises when one is missing."""
+    """The models that notebook 06 compares: dense, control, recovered, sparse, compact, students.
+
+    Raises ``WorkspaceError`` when one is missing.
+    """
     run.artifact("fine_tuned")
     main = run.profile.main_sparsity
     recovered = [model_name("recovered", c, main) for c in (*criteria.CRITERIA, "merged")]
     best, converted = best_criterion(run), run.profile.recovery_sparsities
     students = [f"student_{variant}_{layers}" for variant, layers in student_variants(run.profile)]
     sparse = [model_name("sparse", best, sparsity) for sparsity in converted]
-    names = ["fine_tuned", "fine_tuned_extra", *recovered, *sparse, *students]
+    compact = [model_name("compact", best, sparsity) for sparsity in run.profile.structured_sparsities]
+    names = ["fine_tuned", "fine_tuned_extra", *recovered, *sparse, *compact, *students]
     for name in names:
         run.artifact(name)
     return names

@@ -2,11 +2,8 @@
 
 What is compared takes turns (round-robin) in one process, so that a machine that slows down slows all of it, and
 ratios are taken round by round. A row gives the median and the quartiles.
-
-    python -m nbhelpers.measurement sparse        every engine on the matrices of GPT-2 and of the mini model
 """
 
-import argparse
 import contextlib
 import os
 import sys
@@ -158,77 +155,3 @@ def measure_inference_efficiency(
     table = table.rename(columns=names)
     table.attrs["times"] = times
     return table
-
-
-# --- the engines, matrix by matrix ---
-
-SHAPES = {  # in, out: the four matrices of a block
-    "gpt2": ((768, 2304), (768, 768), (768, 3072), (3072, 768)),
-    "mini": ((192, 576), (192, 192), (192, 768), (768, 192)),
-}
-SPARSITIES = (0.5, 0.6, 0.8, 0.9, 0.95)
-TOKENS = (128, 2048)
-
-
-def sparse_engines(n_in: int, n_out: int, sparsity: float, tokens: int) -> dict[str, Callable[[], object]]:
-    """The same random product [tokens, in] x [in, out] by each engine, [tokens, features] tensors in and out."""
-    from scipy.sparse import csr_array
-
-    from nbhelpers.sparse import kernels
-    from nbhelpers.sparse.layers import random_matrix, to_weight
-
-    matrix, x = random_matrix(n_out, n_in, 1 - sparsity), torch.randn(tokens, n_in)
-    weight, bias = to_weight(matrix, n_in), matrix[3]
-    values, columns, starts, _ = (tensor.numpy() for tensor in matrix)
-    scipy_matrix = csr_array((values, columns, starts), shape=(n_out, n_in))
-    engines = {
-        "dense": lambda: kernels.dense(x, weight, bias),
-        "numba": lambda: kernels.multiply(x, matrix),
-        "torch_csr": lambda: kernels.torch_csr(x, matrix),
-        "scipy": lambda: np.ascontiguousarray((scipy_matrix @ x.numpy().T).T) + bias.numpy(),
-    }
-    return {name: run for name, run in engines.items() if name != "numba" or kernels.numba is not None}
-
-
-def compare_engines(shapes, sparsities=SPARSITIES, tokens=TOKENS, repeats: int = 9) -> pd.DataFrame:
-    """Milliseconds of each engine and its speed-up over the dense product.
-
-    shapes: pairs (in, out). Columns: in, out, tokens, sparsity, name, median_ms, low_ms, high_ms, speedup,
-    speedup_low, speedup_high.
-    """
-    tables = []
-    for n_in, n_out in shapes:
-        for n in tokens:
-            for sparsity in sparsities:
-                latency = compare_latency(sparse_engines(n_in, n_out, sparsity, n), repeats)
-                ratios = speedups(latency.attrs.pop("times")).drop(columns="name")
-                table = pd.concat([latency, ratios], axis=1)
-                where = {"in": n_in, "out": n_out, "tokens": n, "sparsity": sparsity}
-                tables.append(pd.concat([pd.DataFrame([where] * len(table)), table], axis=1))
-    return pd.concat(tables, ignore_index=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m nbhelpers.measurement", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=["sparse"])
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--csv", type=Path, help="also write the table to this file")
-    options = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; speedup: against dense, above 1 is faster")
-    tables = []
-    for name in options.models:
-        for shape in SHAPES[name]:
-            table = compare_engines([shape], options.sparsities, options.tokens, options.repeats)
-            print(
-                f"\n{name} {shape[0]} x {shape[1]}\n{table.drop(columns=['in', 'out']).round(3).to_string(index=False)}"
-            )
-            tables.append(table)
-    if options.csv:
-        pd.concat(tables).to_csv(options.csv, index=False)
-
-
-if __name__ == "__main__":
-    main()

@@ -21,10 +21,11 @@ COLORS = {
     "dense": "#333333",
     "control": "#777777",
     "sparse": "#D55E00",
+    "compact": "#8A6D00",
     "student": "#56B4E9",
     "baseline": "#999999",
 }
-MARKERS = {"pruned": "o", "recovered": "s", "dense": "D", "sparse": "^", "student": "v"}
+MARKERS = {"pruned": "o", "recovered": "s", "dense": "D", "sparse": "^", "compact": "P", "student": "v"}
 
 sns.set_theme(context="notebook", style="ticks")
 plt.rcParams |= {
@@ -281,7 +282,53 @@ def grouped_bars(table: pd.DataFrame, x: str, y: str, hue: str, title: str, ylab
     return figure
 
 
-def tradeoff(table: pd.DataFrame, x: str, xlabel: str, title: str) -> Figure:
+def break_even(table: pd.DataFrame, engine: str) -> Figure:
+    """Speed-up of an engine over the dense product against sparsity: a panel a batch, a line a shape, quartile bands.
+
+    table: of ``benchmark.compare_engines``.
+    """
+    sizes = sorted(table["tokens"].unique())
+    figure, row = axes(len(sizes), width=3.7 * len(sizes), height=3.8, sharey=True)
+    for ax, size in zip(row, sizes, strict=True):
+        part = table[(table["name"] == engine) & (table["tokens"] == size)]
+        for i, ((n_in, n_out), curve) in enumerate(part.groupby(["in", "out"])):
+            shade = sns.color_palette("viridis", 4)[i % 4]
+            ax.plot(curve["sparsity"], curve["speedup"], marker="o", color=shade, label=f"{n_in} to {n_out}")
+            ax.fill_between(curve["sparsity"], curve["speedup_low"], curve["speedup_high"], color=shade, alpha=0.15)
+        ax.axhline(1, color=COLORS["dense"], linestyle="--")
+        note(ax, 0.03, 1, "dense")
+        ax.set(title=f"{size:,} tokens", xlabel="share of weights removed")
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    row[0].set_ylabel("speed, dense product = 1")
+    row[0].legend(fontsize="small", title="features")
+    return figure
+
+
+def roofline(table: pd.DataFrame, limits: dict[str, float]) -> Figure:
+    """Useful work a second of each engine under what the machine allows (Williams, Waterman and Patterson, 2009).
+
+    table: rows of ``benchmark.compare_engines`` at one sparsity and number of tokens; limits: of
+    ``benchmark.machine_limits``.
+    """
+    figure, (ax,) = axes(width=8.2, height=4.4)
+    span = np.geomspace(table["intensity"].min() / 3, table["intensity"].max() * 3, 50)
+    ax.plot(span, np.minimum(span * limits["memory_gbs"], limits["dense_gflops"]), color=COLORS["dense"])
+    note(ax, 0.99, limits["dense_gflops"], "dense product, zeros included", "right")
+    if np.isfinite(limits["cache_gbs"]):
+        # Each weight multiplies numbers that are read from the cache: 4 bytes for 2 operations.
+        ax.axhline(limits["cache_gbs"] / 2, color=COLORS["sparse"], linestyle=":")
+        note(ax, 0.99, limits["cache_gbs"] / 2, "one cache read a product", "right")
+    shades = {"dense": "dense", "numba": "sparse", "torch_csr": "student", "scipy": "baseline"}
+    marks = dict(zip(shades, "D^vx", strict=True))
+    for name, part in table.groupby("name", sort=False):
+        ax.plot(part["intensity"], part["gflops"], marks[name], color=COLORS[shades[name]], label=label(name))
+    ax.set(xscale="log", yscale="log", xlabel="useful operations a byte of memory traffic")
+    ax.set(ylabel="useful GFLOP a second", title="Roofline: what limits each engine")
+    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def tradeoff(table: pd.DataFrame, x: str, xlabel: str, title: str, ylabel: str = "test accuracy") -> Figure:
     """Accuracy with its interval against a cost, a point per model; the names stand in a column, best on top."""
     figure, (ax,) = axes(width=8.6, height=4.6)
     ordered = table.sort_values("accuracy", ascending=False)
@@ -303,7 +350,7 @@ def tradeoff(table: pd.DataFrame, x: str, xlabel: str, title: str) -> Figure:
         )
     ax.set_xlim(0, 1.05 * table[x].max())
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.set(xlabel=xlabel, ylabel="test accuracy", title=title)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     return figure
 
 

@@ -48,6 +48,7 @@ class Profile:
     main_sparsity: float = 0.9  # of recovery_sparsities, the one that 04 converts and 06 compares
     recovery_steps: int = 60
     recovery_learning_rate: float = 5e-4
+    structured_sparsities: tuple[float, ...] = (0.5, 0.75)  # of whole heads and neurons, in 04
 
     # distillation
     student_layers: tuple[int, ...] = (2, 1)
@@ -83,7 +84,7 @@ class Profile:
 COUNTS = ("max_tokens", "batch_size", "eval_batch_size", "epochs", "recovery_steps", "distill_epochs")
 COUNTS += ("distill_batch_size", "scan_steps", "latency_repeats", "validation_size", "test_size")
 SHARES = ("head_share", "warmup_share", "dropout", "alphas", "layer_decay")
-SPARSITIES = ("sparsities", "recovery_sparsities", "main_sparsity")
+SPARSITIES = ("sparsities", "recovery_sparsities", "main_sparsity", "structured_sparsities")
 POSITIVE = ("learning_rate", "recovery_learning_rate", "distill_learning_rate", "temperatures", "max_grad_norm")
 TYPES = {field.name: field.type for field in dataclasses.fields(Profile)}
 
@@ -183,6 +184,7 @@ PROFILES = {
         sparsities=(0.5, 0.9),
         recovery_sparsities=(0.9,),
         recovery_steps=3,
+        structured_sparsities=(0.5,),
         student_layers=(1,),
         temperatures=(2.0,),
         alphas=(0.5,),

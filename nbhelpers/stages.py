@@ -109,13 +109,23 @@ STAGES = {
         Stage(
             "04_sparse_conversion",
             "What does it take for zeros to save time and memory?",
-            needs=("fine_tuned", "recovered_*"),
-            figures=("04_bytes", "04_layer", "04_speedup", "04_latency", "04_files"),
-            tables=("layer_speed", "latency"),
+            needs=("fine_tuned", "scores_*", "recovered_*"),
+            figures=(
+                "04_bytes",
+                "04_break_even",
+                "04_layer",
+                "04_roofline",
+                "04_speedup",
+                "04_latency",
+                "04_files",
+                "04_structured",
+            ),
+            tables=("engines", "break_even", "latency", "compact_shapes", "structured"),
+            gaps=("break_even.sparsity",),
             metrics=promise(
                 "sparse",
                 "model largest_logit_difference validation_accuracy masked_speedup layer_speedup_at_90 "
-                "best_model_speedup file_ratio",
+                "best_model_speedup file_ratio limits structured unstructured_rival",
             ),
         ),
         Stage(
@@ -133,7 +143,7 @@ STAGES = {
         Stage(
             "06_comparison",
             "Which model is worth its bytes and milliseconds, and which differences are real?",
-            needs=("fine_tuned", "fine_tuned_extra", "recovered_*", "sparse_*", "student_*"),
+            needs=("fine_tuned", "fine_tuned_extra", "recovered_*", "sparse_*", "compact_*", "student_*"),
             figures=("06_accuracy", "06_differences", "06_accuracy_size", "06_accuracy_latency", "06_cost"),
             tables=("comparison", "significance"),
             metrics=promise("comparison", "test_reviews models dense control recovered sparse student"),

@@ -1,6 +1,5 @@
 """What measurement counts; never how fast this machine is."""
 
-import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -80,18 +79,3 @@ def test_models_are_measured_on_the_same_batches():
         assert peak == measurement.tensor_bytes(models[name]) + activations
     with pytest.raises(ValueError, match="no batches"):
         measurement.measure_inference_efficiency(models, [], repeats=1)
-
-
-def test_engines_agree_with_each_other():
-    engines = measurement.sparse_engines(20, 30, 0.8, 10)
-    expected = engines["dense"]()
-    for run in engines.values():
-        torch.testing.assert_close(torch.as_tensor(run()), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_table_of_engines_has_a_row_each():
-    table = measurement.compare_engines([(20, 30)], sparsities=[0.5, 0.9], tokens=[4], repeats=2)
-    assert isinstance(table, pd.DataFrame)
-    assert len(table) == 2 * len(measurement.sparse_engines(20, 30, 0.8, 10))
-    assert table.notna().all().all()
-    assert (table[table.name == "dense"].speedup == 1).all()

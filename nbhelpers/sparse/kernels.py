@@ -19,6 +19,7 @@ import ctypes
 import functools
 import math
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -222,6 +223,18 @@ if numba is not None:
                 multiply_rows(width, matrix, row, row + rows, source, block)
                 transpose(block, 0, tile, y, token * n_out + row, n_out, rows, taken)
 
+    @njit(parallel=True, cache=True, fastmath=True)
+    def sum_often(x, times, threads):
+        """Read the same few numbers ``times`` times on each thread; the sums are handed back, so that they are made."""
+        sums = np.zeros(threads, np.float32)
+        for thread in prange(threads):
+            for _ in range(times):
+                total = np.float32(0)
+                for i in range(x.size):
+                    total += x[i]
+                sums[thread] += total
+        return sums
+
     # --- the threads ---
 
     @njit_fast
@@ -292,6 +305,17 @@ def l2_bytes() -> int:
         except (OSError, ValueError):
             continue
     return L2_ASSUMED
+
+
+def cache_bandwidth() -> float:
+    """Bytes a second that all of torch's threads together read from their second-level caches, at best."""
+    x, threads, times, best = np.ones(l2_bytes() // 8, np.float32), torch.get_num_threads(), 200, math.inf
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    for _ in range(6):
+        started = time.perf_counter()
+        sum_often(x, times, threads)
+        best = min(best, time.perf_counter() - started)
+    return threads * times * x.nbytes / best
 
 
 def choose_vectors(tokens: int, features: int, threads: int) -> int:

@@ -1,0 +1,236 @@
+"""Engines against each other: a matrix product, a whole model, and the limits of the machine they run on.
+
+    python -m nbhelpers.benchmark layers     each engine on the matrices of GPT-2 and of the mini model
+    python -m nbhelpers.benchmark models     whole models of these shapes with random weights
+    python -m nbhelpers.benchmark machine    this machine's limits
+
+ONNX Runtime takes part in ``models`` where it is installed (pip install onnxruntime onnx onnxscript).
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.sparse import csr_array
+from torch import nn
+from transformers import GPT2Config, GPT2ForSequenceClassification
+
+from nbhelpers.masks import apply_masks, select
+from nbhelpers.measurement import compare_latency, speedups
+from nbhelpers.models import prunable_weights
+from nbhelpers.sparse import convert_gpt2_to_sparse, kernels
+from nbhelpers.sparse.layers import random_matrix, to_weight
+
+LAYERS = {  # in, out: the four matrices of a block
+    "gpt2": ((768, 2304), (768, 768), (768, 3072), (3072, 768)),
+    "mini": ((192, 576), (192, 192), (192, 768), (768, 192)),
+}
+MODELS = {
+    "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
+    "mini": {"n_layer": 4, "n_embd": 192, "n_head": 3, "vocab_size": 8192, "n_positions": 512},
+}
+ENGINES = ("dense", "numba", "torch_csr", "scipy")
+SPARSITIES = (0.5, 0.6, 0.8, 0.9, 0.95)
+TOKENS = (128, 2048)
+
+
+# --- one matrix ---
+
+
+def sparse_engines(n_in: int, n_out: int, sparsity: float, tokens: int) -> dict[str, Callable[[], object]]:
+    """The same random product [tokens, in] x [in, out] by each engine, [tokens, features] tensors in and out."""
+    matrix, x = random_matrix(n_out, n_in, 1 - sparsity), torch.randn(tokens, n_in)
+    weight, bias = to_weight(matrix, n_in), matrix[3]
+    values, columns, starts, _ = (tensor.numpy() for tensor in matrix)
+    scipy_matrix = csr_array((values, columns, starts), shape=(n_out, n_in))
+    engines = {
+        "dense": lambda: kernels.dense(x, weight, bias),
+        "numba": lambda: kernels.multiply(x, matrix),
+        "torch_csr": lambda: kernels.torch_csr(x, matrix),
+        "scipy": lambda: np.ascontiguousarray((scipy_matrix @ x.numpy().T).T) + bias.numpy(),
+    }
+    return {name: run for name, run in engines.items() if name != "numba" or kernels.numba is not None}
+
+
+def compare_engines(shapes, sparsities=SPARSITIES, tokens=TOKENS, repeats: int = 9, engines=ENGINES) -> pd.DataFrame:
+    """Milliseconds of each engine, its speed-up over the dense product, and its rate of useful work.
+
+    shapes: pairs (in, out); engines: names, "dense" first. Columns: in, out, tokens, sparsity, name, median_ms, low_ms,
+    high_ms, speedup, speedup_low, speedup_high; gflops: 10^9 operations a second on weights that are not zero, whatever the engine
+    does with the others; intensity: such operations for a byte that has to come from or go to memory at least once.
+    """
+    tables = []
+    for n_in, n_out in shapes:
+        for n in tokens:
+            for sparsity in sparsities:
+                functions = sparse_engines(n_in, n_out, sparsity, n)
+                latency = compare_latency({e: functions[e] for e in engines if e in functions}, repeats)
+                ratios = speedups(latency.attrs.pop("times")).drop(columns="name")
+                table = pd.concat([latency, ratios], axis=1)
+                weights = len(random_matrix(n_out, n_in, 1 - sparsity)[0])
+                stored = np.where(table["name"] == "dense", 4 * n_in * n_out, 8 * weights)
+                table["gflops"] = 2 * weights * n / table["median_ms"] / 1e6
+                table["intensity"] = 2 * weights * n / (stored + 4 * n * (n_in + n_out))
+                where = {"in": n_in, "out": n_out, "tokens": n, "sparsity": sparsity}
+                tables.append(pd.concat([pd.DataFrame([where] * len(table)), table], axis=1))
+    return pd.concat(tables, ignore_index=True)
+
+
+def break_even(table: pd.DataFrame, engine: str = "numba") -> pd.DataFrame:
+    """From which sparsity on an engine is as fast as the dense product: a row for each shape and number of tokens.
+
+    table: of ``compare_engines``. Between two measured sparsities the speed-up is taken to be a straight line. Columns:
+    in, out, tokens, sparsity (NaN where the engine stays behind at all that were measured).
+    """
+    rows = []
+    for where, part in table[table["name"] == engine].groupby(["in", "out", "tokens"]):
+        part = part.sort_values("sparsity")
+        x, y = part["sparsity"].to_numpy(), part["speedup"].to_numpy()
+        after = np.flatnonzero(y >= 1)
+        found = np.nan
+        if len(after):
+            i = after[0]
+            found = x[0] if i == 0 else np.interp(1, y[i - 1 : i + 1], x[i - 1 : i + 1])
+        rows.append((*where, found))
+    return pd.DataFrame(rows, columns=["in", "out", "tokens", "sparsity"])
+
+
+# --- the machine ---
+
+
+def best_seconds(function: Callable[[], object], repeats: int = 15) -> float:
+    """The least time of a call, after one to warm up: a limit is what the machine can do, not what it mostly does."""
+    function()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+@torch.inference_mode()
+def machine_limits() -> dict[str, float]:
+    """What this machine can do with torch's threads, measured.
+
+    dense_gflops: 10^9 operations a second of a large float32 product; memory_gbs: 10^9 bytes a second of a copy that
+    fits no cache (bytes read and bytes written); cache_gbs: of vectors read from the second-level cache, all threads
+    together (NaN without numba).
+    """
+    x, weight = torch.randn(2048, 1024), torch.randn(2048, 1024)
+    product = best_seconds(lambda: x @ weight.t())
+    large = torch.zeros(64 * 2**20)
+    target = torch.zeros_like(large)
+    copy = best_seconds(lambda: target.copy_(large), 7)
+    limits = {"dense_gflops": 2 * 2048 * 2048 * 1024 / product / 1e9, "memory_gbs": 2 * 4 * large.numel() / copy / 1e9}
+    return limits | {"cache_gbs": kernels.cache_bandwidth() / 1e9 if kernels.numba is not None else float("nan")}
+
+
+# --- a whole model ---
+
+
+def random_gpt2(shape: str, sparsity: float) -> GPT2ForSequenceClassification:
+    """A GPT-2 of a shape in ``MODELS`` with random weights, this share of each block matrix set to zero."""
+    torch.manual_seed(0)
+    model = GPT2ForSequenceClassification(GPT2Config(**MODELS[shape], pad_token_id=0)).eval()
+    scores = {name: torch.rand(weight.shape) for name, weight in prunable_weights(model).items()}
+    return apply_masks(model, select(scores, sparsity, scope="layer"))
+
+
+def onnx_model(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable | None:
+    """The model in ONNX Runtime, dense, on as many threads as torch has; None where it is not installed."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (the exporter needs it)
+    except ImportError as error:
+        print(f"without ONNX Runtime ({error}): pip install onnxruntime onnx onnxscript")
+        return None
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.score = model.transformer, model.score
+
+        def forward(self, input_ids):
+            return self.score(self.body(input_ids, use_cache=False).last_hidden_state[:, -1])
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "model.onnx")
+        torch.onnx.export(Logits().eval(), (batch["input_ids"],), path, input_names=["input_ids"], dynamo=True)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    ids = batch["input_ids"].numpy()
+    return lambda: session.run(None, {"input_ids": ids})[0]
+
+
+def compare_models(shape: str, sparsity: float, reviews: int, length: int, repeats: int = 7) -> pd.DataFrame:
+    """Milliseconds of a random model of a shape on reviews without padding, by each engine.
+
+    Columns: model, latency_ms, latency_low_ms, latency_high_ms, speedup, speedup_low, speedup_high (over the dense
+    model of ``transformers``). "dense, packed" is our model with dense products.
+    """
+    model = random_gpt2(shape, sparsity)
+    ids = torch.randint(1, model.config.vocab_size, (reviews, length), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    models = {"dense": model, "dense, packed": convert_gpt2_to_sparse(model, "dense")}
+    models |= {"sparse": convert_gpt2_to_sparse(model), "torch_csr": convert_gpt2_to_sparse(model, "torch_csr")}
+    functions = {name: partial(m, **batch) for name, m in models.items()}
+    runtime = onnx_model(model, batch)
+    if runtime:
+        functions["onnxruntime"] = runtime
+        with torch.inference_mode():
+            largest = abs(runtime() - model(**batch).logits.numpy()).max()
+        if largest > 1e-2:
+            raise RuntimeError(f"ONNX Runtime's logits differ by {largest}: it does not run the same model")
+    latency = compare_latency(functions, repeats)
+    table = pd.concat([latency, speedups(latency.attrs["times"]).drop(columns="name")], axis=1)
+    names = {"name": "model", "median_ms": "latency_ms", "low_ms": "latency_low_ms", "high_ms": "latency_high_ms"}
+    return table.rename(columns=names)
+
+
+# --- the command line ---
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m nbhelpers.benchmark", description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=["layers", "models", "machine"])
+    parser.add_argument("--shapes", nargs="+", choices=list(LAYERS), default=list(LAYERS))
+    parser.add_argument("--sparsities", nargs="+", type=float, default=None)
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="layers: rows of the activations")
+    parser.add_argument("--batch", type=int, default=8, help="models: reviews in a batch")
+    parser.add_argument("--length", type=int, default=256, help="models: tokens of each review")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--csv", type=Path, help="also write the table to this file")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; speedup: against dense, above 1 is faster")
+    tables = []
+    if options.what == "machine":
+        tables.append(pd.DataFrame([machine_limits()]))
+        print(tables[0].round(1).to_string(index=False))
+    for shape in options.shapes if options.what != "machine" else ():
+        if options.what == "layers":
+            for pair in LAYERS[shape]:
+                tables.append(
+                    compare_engines([pair], options.sparsities or SPARSITIES, options.tokens, options.repeats)
+                )
+                shown = tables[-1].drop(columns=["in", "out"]).round(3).to_string(index=False)
+                print(f"\n{shape} {pair[0]} x {pair[1]}\n{shown}", flush=True)
+        else:
+            for sparsity in options.sparsities or (0.8, 0.9):
+                table = compare_models(shape, sparsity, options.batch, options.length, options.repeats)
+                tables.append(table.assign(shape=shape, sparsity=sparsity))
+                print(f"\n{shape}, {sparsity:.0%} of the block weights zero, {options.batch} x {options.length} tokens")
+                print(table.round(3).to_string(index=False), flush=True)
+    if options.csv:
+        pd.concat(tables).to_csv(options.csv, index=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What the benchmarks compute; never how fast this machine is."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from nbhelpers import benchmark
+from nbhelpers.models import prunable_weights
+
+
+def test_engines_agree_with_each_other():
+    engines = benchmark.sparse_engines(20, 30, 0.8, 10)
+    expected = engines["dense"]()
+    for run in engines.values():
+        torch.testing.assert_close(torch.as_tensor(run()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_table_of_engines_counts_useful_work_and_the_least_traffic():
+    table = benchmark.compare_engines([(20, 30)], sparsities=[0.5, 0.9], tokens=[4], repeats=2)
+    assert len(table) == 2 * len(benchmark.sparse_engines(20, 30, 0.8, 10))
+    assert table.notna().all().all()
+    assert (table[table.name == "dense"].speedup == 1).all()
+    for sparsity, part in table.groupby("sparsity"):
+        left = int(torch.count_nonzero(benchmark.to_weight(benchmark.random_matrix(30, 20, 1 - sparsity), 20)))
+        activations = 4 * (4 * 20 + 4 * 30)
+        for _, row in part.iterrows():
+            weights = 4 * 20 * 30 if row["name"] == "dense" else 8 * left
+            assert row["intensity"] == pytest.approx(2 * left * 4 / (weights + activations))
+            assert row["gflops"] * row["median_ms"] * 1e6 == pytest.approx(2 * left * 4)
+    few = benchmark.compare_engines([(20, 30)], [0.5], [4], 1, engines=("dense", "torch_csr"))
+    assert few["name"].tolist() == ["dense", "torch_csr"]
+
+
+def test_the_break_even_lies_where_the_straight_line_crosses_one():
+    rows = []
+    for shape, speeds in (((8, 4), (0.5, 0.8, 1.2)), ((4, 4), (1.1, 2, 3)), ((4, 8), (0.2, 0.3, 0.9))):
+        for sparsity, speed in zip((0.5, 0.6, 0.7), speeds, strict=True):
+            where = {"in": shape[0], "out": shape[1], "tokens": 16, "sparsity": sparsity}
+            rows += [where | {"name": "numba", "speedup": speed}, where | {"name": "torch_csr", "speedup": 9.0}]
+    table = benchmark.break_even(pd.DataFrame(rows).sample(frac=1, random_state=0))
+    found = table.set_index(["in", "out"])["sparsity"]
+    assert found[(8, 4)] == pytest.approx(0.65)
+    assert found[(4, 4)] == 0.5, "already at the first sparsity that was measured"
+    assert np.isnan(found[(4, 8)])
+
+
+def test_the_machines_limits_are_positive_numbers():
+    limits = benchmark.machine_limits()
+    assert set(limits) == {"dense_gflops", "memory_gbs", "cache_gbs"}
+    assert all(value > 0 for value in limits.values())
+
+
+def test_a_random_model_has_the_sparsity_it_was_asked_for_in_every_matrix(monkeypatch):
+    monkeypatch.setitem(benchmark.MODELS, "small", {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 40})
+    model = benchmark.random_gpt2("small", 0.75)
+    assert all((w == 0).sum() == 0.75 * w.numel() for w in prunable_weights(model).values())
+
+
+def test_whole_models_are_compared_on_equal_terms(monkeypatch, capsys):
+    monkeypatch.setitem(benchmark.MODELS, "small", {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 40})
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    table = benchmark.compare_models("small", 0.5, reviews=2, length=6, repeats=2)
+    assert table["model"].tolist() == ["dense", "dense, packed", "sparse", "torch_csr"]
+    assert table["speedup"][0] == 1
+    assert "pip install onnxruntime" in capsys.readouterr().out
