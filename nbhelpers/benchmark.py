@@ -62,8 +62,8 @@ def compare_engines(shapes, sparsities=SPARSITIES, tokens=TOKENS, repeats: int =
     """Milliseconds of each engine, its speed-up over the dense product, and its rate of useful work.
 
     shapes: pairs (in, out); engines: names, "dense" first. Columns: in, out, tokens, sparsity, name, median_ms, low_ms,
-    high_ms, speedup, speedup_low, speedup_high; gflops: 10^9 operations a second on weights that are not zero, whatever the engine
-    does with the others; intensity: such operations for a byte that has to come from or go to memory at least once.
+    high_ms, speedup, speedup_low, speedup_high; gflops: 10^9 operations a second on weights that are not zero, whatever
+    the engine does with the others; intensity: such operations for a byte that has to be moved at least once.
     """
     tables = []
     for n_in, n_out in shapes:
