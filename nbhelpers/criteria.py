@@ -1,8 +1,13 @@
 """Observation -> one score per weight. A low score says that the weight can go.
 
 Every criterion is a function(weights, statistics) -> {parameter name: score}, with ``weights`` the fine-tuned prunable
-weights by name and ``statistics`` a dict of the same shape of dicts: "pretrained" and "mean_abs_gradient".
+weights by name and ``statistics`` a dict of dicts by parameter name: "pretrained" weights, "mean_abs_gradient" and
+"first_order_movement" over fine-tuning, and what ``statistics.calibrate`` found of the fine-tuned model.
+
+``CRITERIA`` are the three that the notebooks are about, ``COMPARATORS`` what the literature would put beside them.
 """
+
+import zlib
 
 import torch
 
@@ -27,11 +32,92 @@ def gradient_based_analysis(weights: Tensors, statistics: dict[str, Tensors]) ->
     return {name: statistics["mean_abs_gradient"][name] for name in weights}
 
 
+# --- comparators ---
+
+
+def random_scores(weights: Tensors, statistics: dict[str, Tensors]) -> Tensors:
+    """Uniform random numbers, the same for the same weights each time: the floor that a criterion has to beat."""
+    scores = {}
+    for name, w in weights.items():
+        seed = zlib.crc32(w.detach().cpu().contiguous().numpy())
+        scores[name] = torch.rand(w.shape, generator=torch.Generator().manual_seed(seed))
+    return scores
+
+
+def taylor(weights: Tensors, statistics: dict[str, Tensors]) -> Tensors:
+    """|w| * mean |dL/dw|: how much the loss changes at first order if the weight goes (Molchanov et al., 2017)."""
+    return {name: w.detach().abs() * statistics["calibration_gradient"][name] for name, w in weights.items()}
+
+
+def fisher(weights: Tensors, statistics: dict[str, Tensors]) -> Tensors:
+    """w^2 * E[(dL/dw)^2] / 2: at second order, with the Fisher diagonal for the Hessian's.
+
+    Optimal brain damage (LeCun et al., 1990) with the empirical Fisher information (Theis et al., 2018).
+    """
+    return {name: w.detach().square() * statistics["squared_gradient"][name] / 2 for name, w in weights.items()}
+
+
+def movement_first_order(weights: Tensors, statistics: dict[str, Tensors]) -> Tensors:
+    """-mean w * dL/dw over fine-tuning, signed: what training drives towards zero goes first (Sanh et al., 2020)."""
+    return {name: statistics["first_order_movement"][name] for name in weights}
+
+
+def wanda(weights: Tensors, statistics: dict[str, Tensors]) -> Tensors:
+    """|w| * ||x||_2, ranked among the weights of the same output (Sun et al., 2024): every output loses the same share.
+
+    The score is the rank, from 0 to just under 1, so that a global threshold prunes each output alike.
+    """
+    scores = {}
+    for name, w in weights.items():
+        norm = statistics["input_norm"][name]
+        inputs = int(norm.shape[0] == 1)
+        product = w.detach().abs() * norm
+        scores[name] = product.argsort(dim=inputs, stable=True).argsort(dim=inputs) / w.shape[inputs]
+    return scores
+
+
 CRITERIA = {
     "magnitude": magnitude_based_pruning,
     "movement": movement_based_analysis,
     "gradient": gradient_based_analysis,
 }
+
+COMPARATORS = {
+    "random": random_scores,
+    "taylor": taylor,
+    "fisher": fisher,
+    "movement_first_order": movement_first_order,
+    "wanda": wanda,
+}
+
+
+def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, sparsity: float, block: int = 128, damping: float = 0.01):
+    """A weight [out, in] pruned by SparseGPT (Frantar and Alistarh, 2023): some zeros, and the rest updated for them.
+
+    hessian: X^T X [in, in] of the layer's inputs. Columns are taken in order, in blocks: within a block the weights of
+    least w^2 / [H^-1]_jj go, round(sparsity * size) of them, and what each one's loss does to the layer's output is
+    made good by the columns after it. Dear: a Cholesky factor of [in, in] and a loop over columns; float64.
+    """
+    w, h = weight.double().clone(), hessian.double().clone()
+    dead = h.diagonal() == 0
+    h[dead, dead] = 1
+    w[:, dead] = 0
+    h += damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    # Row j of the upper factor of H^-1 holds what is needed of the inverse of H[j:, j:], for every j at once.
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    for start in range(0, w.shape[1], block):
+        end = min(start + block, w.shape[1])
+        saliency = w[:, start:end].square() / factor.diagonal()[start:end].square()
+        lowest = saliency.flatten().argsort(stable=True)[: round(sparsity * saliency.numel())]
+        gone = torch.zeros(saliency.numel(), dtype=torch.bool).index_fill_(0, lowest, True).view_as(saliency)
+        for j in range(start, end):
+            error = torch.where(gone[:, j - start], w[:, j], 0) / factor[j, j]
+            w[:, j:] -= error[:, None] * factor[j, j:]
+            w[gone[:, j - start], j] = 0
+    return w.to(weight.dtype)
+
+
+# --- ranks and merges ---
 
 
 def global_ranks(scores: Tensors) -> Tensors:

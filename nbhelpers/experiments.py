@@ -33,7 +33,7 @@ from nbhelpers.models import (
 )
 from nbhelpers.profiles import Profile, ProfileError, get_profile, parse_overrides
 from nbhelpers.sparse import convert_gpt2_to_sparse, count_actual_params, save_sparse
-from nbhelpers.statistics import GradientMagnitude
+from nbhelpers.statistics import FirstOrderMovement, GradientMagnitude, calibrate
 from nbhelpers.training import Recipe, distillation_loss, recipe_for, train
 from nbhelpers.workspace import TENSORS, Run, WorkspaceError, fingerprint, maker_of, open_run, save_tensors
 
@@ -101,7 +101,7 @@ def save_pretrained_model(run: Run) -> Path:
 
 
 def finetune_model(run: Run) -> pd.DataFrame:
-    """Artefact ``fine_tuned``: the model after fine-tuning, with the mean |gradient| of every prunable weight.
+    """Artefact ``fine_tuned``: the model after fine-tuning, with what was observed of every prunable weight.
 
     Returns the learning curve. Makes ``pretrained`` first.
     """
@@ -109,18 +109,18 @@ def finetune_model(run: Run) -> pd.DataFrame:
 
     def build(folder):
         model = run.load_model("pretrained")
-        observer = GradientMagnitude(model)
+        observed = {"mean_abs_gradient": GradientMagnitude(model), "first_order_movement": FirstOrderMovement(model)}
         history = train(
             model,
             dataset(run, "train"),
             recipe_for(run.profile, "finetune"),
             seed=run.seed,
-            observers=(observer,),
+            observers=tuple(observed.values()),
             validate=validator(run),
             description="fine-tuning",
         )
         save_dense(model, folder)
-        save_tensors(folder, observer.mean())
+        save_statistics(folder, {key: observer.mean() for key, observer in observed.items()})
         write_history(folder, history)
 
     settings = pick(run.profile, *DATA_FIELDS, *TRAIN_FIELDS, "batch_size", "epochs", "learning_rate", "layer_decay")
@@ -136,22 +136,51 @@ def finetune_model(run: Run) -> pd.DataFrame:
 # --- 02 and 03: scores, masks, recovery ---
 
 
+def save_statistics(folder: Path, statistics: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Write {statistic: {parameter name: tensor}}, as ``load_statistics`` reads it."""
+    save_tensors(folder, {f"{key}/{name}": t for key, tensors in statistics.items() for name, t in tensors.items()})
+
+
+def load_statistics(run: Run, artefact: str) -> dict[str, dict[str, torch.Tensor]]:
+    """The statistics of an artefact: {statistic: {parameter name: tensor}}."""
+    found = {}
+    for key, tensor in run.load_tensors(artefact).items():
+        statistic, name = key.split("/", 1)
+        found.setdefault(statistic, {})[name] = tensor
+    return found
+
+
+def calibrate_model(run: Run) -> dict[str, dict[str, torch.Tensor]]:
+    """Artefact ``calibration``: what a pass over some training reviews shows of the fine-tuned model."""
+
+    def build(folder):
+        data = dataset(run, "train")
+        # Evenly spaced, so that both classes are in it.
+        chosen = np.linspace(0, len(data) - 1, min(run.profile.calibration_reviews, len(data))).round().astype(int)
+        reviews, labels = [data.input_ids[i] for i in chosen], data.labels[chosen].tolist()
+        save_statistics(folder, calibrate(run.load_model("fine_tuned"), reviews, labels))
+
+    run.cached("calibration", pick(run.profile, "calibration_reviews"), build, ("fine_tuned",), made_by="02")
+    return load_statistics(run, "calibration")
+
+
 def statistics_of(run: Run) -> tuple[dict, dict]:
-    """The fine-tuned prunable weights, and the statistics that the criteria take."""
+    """The fine-tuned prunable weights, and the statistics that the criteria and the comparators take."""
     weights = {n: w.detach() for n, w in prunable_weights(run.load_model("fine_tuned")).items()}
     pretrained = {n: w.detach() for n, w in prunable_weights(run.load_model("pretrained")).items()}
-    return weights, {"pretrained": pretrained, "mean_abs_gradient": run.load_tensors("fine_tuned")}
+    return weights, {"pretrained": pretrained} | load_statistics(run, "fine_tuned") | calibrate_model(run)
 
 
-def score_weights(run: Run) -> dict[str, dict[str, torch.Tensor]]:
+def score_weights(run: Run, registry: dict = criteria.CRITERIA) -> dict[str, dict[str, torch.Tensor]]:
     """Artefacts ``scores_<criterion>``; returns {criterion: {parameter name: score}}."""
-    found = {}
-    for name, criterion in criteria.CRITERIA.items():
+    found, inputs = {}, ("pretrained", "fine_tuned", "calibration")
+    calibrate_model(run)
+    for name, criterion in registry.items():
 
         def build(folder, criterion=criterion):
             save_tensors(folder, criterion(*statistics_of(run)))
 
-        run.cached(f"scores_{name}", {"criterion": name}, build, ("pretrained", "fine_tuned"), made_by="02")
+        run.cached(f"scores_{name}", {"criterion": name}, build, inputs, made_by="02")
         found[name] = run.load_tensors(f"scores_{name}")
     return found
 

@@ -24,6 +24,11 @@ COLORS = {
     "compact": "#8A6D00",
     "student": "#56B4E9",
     "baseline": "#999999",
+    "random": "#BBBBBB",
+    "taylor": "#882255",
+    "fisher": "#332288",
+    "wanda": "#117733",
+    "movement_first_order": "#DDAA33",
 }
 MARKERS = {"pruned": "o", "recovered": "s", "dense": "D", "sparse": "^", "compact": "P", "student": "v"}
 
@@ -57,6 +62,8 @@ def show(run: Run, name: str, figure: Figure, reading: str) -> None:
 
 def color(name: str) -> str:
     """The colour of a criterion, a model or a stage: by the first known word in its name."""
+    if name in COLORS:
+        return COLORS[name]
     words = name.replace("_", " ").split()
     aliases = {"fine": "dense", "extra": "control", "tf-idf": "baseline", "chance": "baseline", "untrained": "baseline"}
     if "extra" in words:

@@ -59,7 +59,8 @@ class Profile:
     alphas: tuple[float, ...] = (0.1, 0.5)
     scan_steps: int = 40  # steps of each student in the scan of temperature and alpha
 
-    # measurement
+    # statistics and measurement
+    calibration_reviews: int = 128  # training reviews of the calibration pass
     latency_batches: tuple[int, ...] = (1, 8, 32)
     latency_repeats: int = 9
 
@@ -82,7 +83,7 @@ class Profile:
 
 
 COUNTS = ("max_tokens", "batch_size", "eval_batch_size", "epochs", "recovery_steps", "distill_epochs")
-COUNTS += ("distill_batch_size", "scan_steps", "latency_repeats", "validation_size", "test_size")
+COUNTS += ("distill_batch_size", "scan_steps", "latency_repeats", "validation_size", "test_size", "calibration_reviews")
 SHARES = ("head_share", "warmup_share", "dropout", "alphas", "layer_decay")
 SPARSITIES = ("sparsities", "recovery_sparsities", "main_sparsity", "structured_sparsities")
 POSITIVE = ("learning_rate", "recovery_learning_rate", "distill_learning_rate", "temperatures", "max_grad_norm")
@@ -189,6 +190,7 @@ PROFILES = {
         temperatures=(2.0,),
         alphas=(0.5,),
         scan_steps=2,
+        calibration_reviews=8,
         latency_batches=(1, 4),
         latency_repeats=3,
     ),
@@ -213,6 +215,7 @@ PROFILES = {
         temperatures=(1.0, 2.0, 4.0),
         alphas=(0.1, 0.5, 0.9),
         scan_steps=300,
+        calibration_reviews=1024,
         latency_repeats=25,
     ),
     "gpt2": Profile(
@@ -238,6 +241,7 @@ PROFILES = {
         temperatures=(1.0, 2.0, 4.0),
         alphas=(0.1, 0.5, 0.9),
         scan_steps=300,
+        calibration_reviews=1024,
         latency_repeats=25,
     ),
 }

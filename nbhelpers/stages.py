@@ -89,10 +89,11 @@ STAGES = {
         Stage(
             "03_prune_and_recover",
             "How many weights can go, who chooses best, and what does recovery bring back?",
-            needs=("pretrained", "fine_tuned", "scores_*"),
+            needs=("pretrained", "fine_tuned", "calibration", "scores_*"),
             figures=(
                 "03_five_by_five",
                 "03_pruned",
+                "03_comparators",
                 "03_who_paid",
                 "03_scopes",
                 "03_recovered",
@@ -109,7 +110,7 @@ STAGES = {
         Stage(
             "04_sparse_conversion",
             "What does it take for zeros to save time and memory?",
-            needs=("fine_tuned", "scores_*", "recovered_*"),
+            needs=("fine_tuned", "calibration", "scores_*", "recovered_*"),
             figures=(
                 "04_bytes",
                 "04_break_even",

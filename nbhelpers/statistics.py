@@ -1,9 +1,12 @@
-"""What training observes on the way: the mean absolute gradient of every prunable weight."""
+"""What training and a calibration pass observe of every prunable weight, accumulated in place."""
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from nbhelpers.models import prunable_weights
+
+Tensors = dict[str, torch.Tensor]
 
 
 class GradientMagnitude:
@@ -17,15 +20,77 @@ class GradientMagnitude:
         self.sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in self.weights.items()}
         self.steps = 0
 
+    def value(self, weight: nn.Parameter) -> torch.Tensor:
+        """What is averaged, for one parameter."""
+        return weight.grad.float().abs()
+
     @torch.no_grad()
     def after_backward(self) -> None:
-        """Add the gradients that the parameters hold now."""
+        """Add what the parameters and their gradients say now."""
         self.steps += 1
         for name, weight in self.weights.items():
-            self.sums[name] += weight.grad.float().abs()
+            self.sums[name] += self.value(weight)
 
-    def mean(self) -> dict[str, torch.Tensor]:
-        """The mean absolute gradient by parameter name. Raises ``RuntimeError`` before the first step."""
+    def mean(self) -> Tensors:
+        """The mean by parameter name. Raises ``RuntimeError`` before the first step."""
         if not self.steps:
             raise RuntimeError("no gradient was observed: pass this observer to train() first")
         return {name: total / self.steps for name, total in self.sums.items()}
+
+
+class FirstOrderMovement(GradientMagnitude):
+    """Observer: the mean over optimizer steps of -w * dL/dw, positive where a step drives a weight away from zero.
+
+    Up to the learning rate the movement score of Sanh, Wolf and Rush (2020); signed.
+    """
+
+    def value(self, weight: nn.Parameter) -> torch.Tensor:
+        return -weight.detach().float() * weight.grad.float()
+
+
+def calibrate(model: nn.Module, reviews: list[list[int]], labels: list[int], hessians: bool = False) -> dict:
+    """What one pass over some reviews shows of a model that stays as it is: {statistic: {parameter name: tensor}}.
+
+    One review at a time, so that gradients are those of single reviews. "calibration_gradient": mean |dL/dw|;
+    "squared_gradient": mean (dL/dw)^2, the diagonal of the empirical Fisher information; "input_norm": the L2 norm over
+    all tokens of each feature that enters, [in, 1] for a weight [in, out] and [1, in] for [out, in]; with ``hessians``,
+    "hessian" [in, in]: X^T X of what enters. Raises ``ValueError`` without reviews.
+    """
+    if not reviews:
+        raise ValueError("there are no reviews to calibrate with")
+    weights = prunable_weights(model)
+    found = {
+        key: {n: torch.zeros_like(w) for n, w in weights.items()}
+        for key in ("calibration_gradient", "squared_gradient")
+    }
+    squares, products = {}, {}
+
+    def watch(name):
+        def before(module, inputs):
+            x = inputs[0].detach().flatten(0, -2).float()
+            squares[name] = squares.get(name, 0) + x.square().sum(0)
+            if hessians:
+                products[name] = products.get(name, 0) + x.t() @ x
+
+        return before
+
+    hooks = [model.get_submodule(n.removesuffix(".weight")).register_forward_pre_hook(watch(n)) for n in weights]
+    was_training, device = model.training, next(model.parameters()).device
+    try:
+        model.eval()
+        for ids, label in zip(reviews, labels, strict=True):
+            model.zero_grad()
+            logits = model(input_ids=torch.tensor([ids], device=device)).logits
+            nn.functional.cross_entropy(logits, torch.tensor([label], device=device)).backward()
+            for name, weight in weights.items():
+                found["calibration_gradient"][name] += weight.grad.abs() / len(reviews)
+                found["squared_gradient"][name] += weight.grad.square() / len(reviews)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad()
+        model.train(was_training)
+    for name, total in squares.items():
+        inputs = 0 if isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D) else 1
+        found.setdefault("input_norm", {})[name] = total.sqrt().unsqueeze(1 - inputs)
+    return found | ({"hessian": products} if hessians else {})

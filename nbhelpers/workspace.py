@@ -304,7 +304,14 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def maker_of(name: str) -> str:
     """The number of the notebook that makes an artefact, from the artefact's name."""
-    makers = {"scores": "02", "masks": "03", "recovered": "03", "pruned": "03", "fine_tuned_extra": "03"}
+    makers = {
+        "scores": "02",
+        "calibration": "02",
+        "masks": "03",
+        "recovered": "03",
+        "pruned": "03",
+        "fine_tuned_extra": "03",
+    }
     makers |= {"sparse": "04", "structured": "04", "compact": "04", "student": "05"}
     return next((number for prefix, number in makers.items() if name.startswith(prefix)), "01")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbhelpers.criteria import CRITERIA, flag_below, global_ranks, merge_scores
+from nbhelpers.criteria import COMPARATORS, CRITERIA, flag_below, global_ranks, merge_scores, sparsegpt
 
 # All numbers are multiples of 1/8, which float32 holds exactly: the comparisons below need no tolerance.
 FINE_TUNED = torch.tensor(
@@ -62,6 +62,98 @@ def test_the_registry_holds_the_three_criteria_under_the_names_of_the_source_wor
         ("movement", "movement_based_analysis"),
         ("gradient", "gradient_based_analysis"),
     ]
+
+
+# --- comparators, against a literal reading of their formulas in float64 ---
+
+NORM = torch.tensor([0.5, 2.0, 1.0, 4.0, 0.25])
+
+
+def test_taylor_and_fisher_are_the_products_that_their_papers_say():
+    weights = {"a": torch.nn.Parameter(FINE_TUNED.clone())}
+    statistics = {"calibration_gradient": {"a": GRADIENT}, "squared_gradient": {"a": GRADIENT * 2}}
+    found = {name: COMPARATORS[name](weights, statistics)["a"] for name in ("taylor", "fisher")}
+    for i in range(5):
+        for j in range(5):
+            w, g = float(FINE_TUNED[i, j]), float(GRADIENT[i, j])
+            assert found["taylor"][i, j] == abs(w * g)
+            assert found["fisher"][i, j] == w * w * (2 * g) / 2
+    assert not any(score.requires_grad for score in found.values())
+
+
+def test_first_order_movement_is_kept_with_its_sign():
+    statistics = {"first_order_movement": {"a": FINE_TUNED}}
+    assert torch.equal(COMPARATORS["movement_first_order"]({"a": GRADIENT}, statistics)["a"], FINE_TUNED)
+
+
+@pytest.mark.parametrize("layout", ["conv1d", "linear"])
+def test_wanda_ranks_weight_times_input_norm_within_each_output(layout):
+    """A layer of five inputs and three outputs, in either layout of its weight."""
+    rows = FINE_TUNED[:3]
+    weight, norm = (rows.t().contiguous(), NORM[:, None]) if layout == "conv1d" else (rows, NORM[None])
+    scores = COMPARATORS["wanda"]({"a": weight}, {"input_norm": {"a": norm}})["a"]
+    assert scores.shape == weight.shape
+    scores = scores.t() if layout == "conv1d" else scores
+    for out in range(3):
+        products = [abs(float(rows[out, i]) * float(NORM[i])) for i in range(5)]
+        order = sorted(range(5), key=products.__getitem__)
+        assert [round(5 * float(scores[out, i])) for i in order] == [0, 1, 2, 3, 4]
+
+
+def test_random_scores_repeat_for_the_same_weights_and_differ_for_others():
+    weights = {"a": FINE_TUNED, "b": PRETRAINED}
+    first, again = (COMPARATORS["random"](weights, {}) for _ in range(2))
+    assert torch.equal(first["a"], again["a"])
+    assert not torch.equal(first["a"], first["b"])
+    assert ((first["a"] >= 0) & (first["a"] < 1)).all()
+
+
+def literal_sparsegpt(weight, hessian, sparsity, block, damping):
+    """Algorithm 1 read with an explicit inverse of what is left of the Hessian at every column, a row at a time."""
+    w, h = weight.double().clone(), hessian.double()
+    h = h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.double)
+    columns = w.shape[1]
+    inverses = [torch.linalg.inv(h[j:, j:]) for j in range(columns)]
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
+        places = [(float(w[r, c] ** 2 / inverses[c][0, 0]), r, c) for r in range(len(w)) for c in range(start, end)]
+        gone = {(r, c) for _, r, c in sorted(places)[: round(sparsity * len(places))]}
+        for c in range(start, end):
+            for r in range(len(w)):
+                if (r, c) in gone:
+                    w[r, c:] -= w[r, c] / inverses[c][0, 0] * inverses[c][0]
+                    w[r, c] = 0
+    return w
+
+
+@pytest.mark.parametrize(("sparsity", "block"), [(0.5, 4), (0.7, 12), (0.3, 5), (0.0, 4)])
+def test_sparsegpt_is_what_its_algorithm_says(sparsity, block):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 12, generator=generator)
+    x = torch.randn(40, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    found = sparsegpt(weight, x.t() @ x, sparsity, block)
+    expected = literal_sparsegpt(weight, x.t() @ x, sparsity, block, 0.01)
+    # The same numbers by another route, then rounded to float32.
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    sizes = [6 * (min(s + block, 12) - s) for s in range(0, 12, block)]
+    assert int((found == 0).sum()) == sum(round(sparsity * size) for size in sizes)
+
+
+def test_sparsegpt_loses_less_of_the_output_than_dropping_the_same_share_by_magnitude():
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(16, 32, generator=generator)
+    x = torch.randn(200, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+    pruned = sparsegpt(weight, x.t() @ x, 0.5)
+    dropped = weight * (weight.abs() >= weight.abs().flatten().median())
+    errors = [((x @ (w - weight).t()) ** 2).sum() for w in (pruned, dropped)]
+    assert errors[0] < 0.95 * errors[1]
+
+
+def test_sparsegpt_survives_an_input_that_is_always_zero():
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    x[:, 2] = 0
+    pruned = sparsegpt(torch.ones(3, 6), x.t() @ x, 0.5)
+    assert torch.isfinite(pruned).all() and (pruned[:, 2] == 0).all()
 
 
 # --- merging ---
