@@ -292,10 +292,11 @@ class BucketBatches(torch.utils.data.Sampler):
 
 
 def make_loader(dataset: IMDbDataset, batch_size: int, pad_token_id: int, seed: int) -> torch.utils.data.DataLoader:
-    """Training batches: input_ids [batch, longest] right-padded, labels [batch], teacher_logits where there are."""
+    """Training batches: input_ids [batch, longest] right-padded, lengths, labels [batch], teacher_logits if any."""
 
     def collate(items):
         batch = {"input_ids": pad([item["input_ids"] for item in items], pad_token_id)}
+        batch["lengths"] = torch.tensor([len(item["input_ids"]) for item in items])
         batch["labels"] = torch.tensor([item["label"] for item in items])
         if "teacher_logits" in items[0]:
             batch["teacher_logits"] = torch.tensor(np.stack([item["teacher_logits"] for item in items]))

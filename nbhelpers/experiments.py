@@ -40,7 +40,8 @@ from nbhelpers.workspace import TENSORS, Run, WorkspaceError, fingerprint, maker
 DATA_FIELDS = ("data", "data_revision", "train_size", "validation_size", "test_size", "max_tokens", "head_share")
 MODEL_FIELDS = ("model", "model_revision", "dropout")
 TRAIN_FIELDS = ("weight_decay", "warmup_share", "max_grad_norm", "precision")
-RECOVERY_FIELDS = (*TRAIN_FIELDS, "batch_size", "recovery_steps", "recovery_learning_rate")
+FINETUNE_FIELDS = (*TRAIN_FIELDS, "batch_size", "epochs", "learning_rate", "layer_decay", "prefix_share")
+RECOVERY_FIELDS = (*TRAIN_FIELDS, "batch_size", "recovery_steps", "recovery_learning_rate", "prefix_share")
 
 
 def pick(profile: Profile, *fields: str, **extra) -> dict:
@@ -123,7 +124,7 @@ def finetune_model(run: Run) -> pd.DataFrame:
         save_statistics(folder, {key: observer.mean() for key, observer in observed.items()})
         write_history(folder, history)
 
-    settings = pick(run.profile, *DATA_FIELDS, *TRAIN_FIELDS, "batch_size", "epochs", "learning_rate", "layer_decay")
+    settings = pick(run.profile, *DATA_FIELDS, *FINETUNE_FIELDS)
     settings |= {
         "seed": run.seed,
         "reviews": reviews_fingerprint(run, "train"),

@@ -40,6 +40,7 @@ class Profile:
     warmup_share: float = 0.1
     max_grad_norm: float = 1.0
     dropout: float = 0.1
+    prefix_share: float = 0.5  # of the loss, what every token on the way counts; the rest is the last token's
     precision: str = "auto"  # auto, no or bf16
 
     # pruning and recovery
@@ -84,7 +85,7 @@ class Profile:
 
 COUNTS = ("max_tokens", "batch_size", "eval_batch_size", "epochs", "recovery_steps", "distill_epochs")
 COUNTS += ("distill_batch_size", "scan_steps", "latency_repeats", "validation_size", "test_size", "calibration_reviews")
-SHARES = ("head_share", "warmup_share", "dropout", "alphas", "layer_decay")
+SHARES = ("head_share", "warmup_share", "dropout", "alphas", "layer_decay", "prefix_share")
 SPARSITIES = ("sparsities", "recovery_sparsities", "main_sparsity", "structured_sparsities")
 POSITIVE = ("learning_rate", "recovery_learning_rate", "distill_learning_rate", "temperatures", "max_grad_norm")
 TYPES = {field.name: field.type for field in dataclasses.fields(Profile)}

@@ -20,6 +20,7 @@ from nbhelpers.profiles import get_profile
 from nbhelpers.statistics import GradientMagnitude
 from nbhelpers.training import (
     Recipe,
+    classification_loss,
     distillation_loss,
     load_optimizer_tensors,
     mixed_precision,
@@ -240,11 +241,41 @@ def test_a_recipe_takes_the_profiles_fields_of_its_purpose():
         warmup_share=0.3,
         max_grad_norm=2.0,
         precision="no",
+        prefix_share=0.25,
     )
     shared = {"weight_decay": 0.02, "warmup_share": 0.3, "max_grad_norm": 2.0, "precision": "no"}
-    assert recipe_for(profile, "finetune") == Recipe(1e-3, 4, epochs=6, layer_decay=0.9, **shared)
-    assert recipe_for(profile, "recover") == Recipe(2e-3, 4, steps=8, **shared)
+    assert recipe_for(profile, "finetune") == Recipe(1e-3, 4, epochs=6, layer_decay=0.9, prefix_share=0.25, **shared)
+    assert recipe_for(profile, "recover") == Recipe(2e-3, 4, steps=8, prefix_share=0.25, **shared)
     assert recipe_for(profile, "distill") == Recipe(3e-3, 5, epochs=7, **shared)
+
+
+# --- the loss ---
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_loss_is_the_last_tokens_and_a_share_of_every_prefixs(share):
+    """Against the model asked about each prefix by itself, in the words of the formula."""
+    model, reviews, labels = tiny_model(), [[5, 6, 7, 8], [9, 4], [3]], [1, 0, 1]
+    ids = torch.zeros(3, 4, dtype=torch.long) + model.config.pad_token_id
+    for i, review in enumerate(reviews):
+        ids[i, : len(review)] = torch.tensor(review)
+    batch = {"input_ids": ids, "labels": torch.tensor(labels), "lengths": torch.tensor([4, 2, 1])}
+    expected = 0.0
+    with torch.no_grad():
+        for review, label in zip(reviews, labels, strict=True):
+            n = len(review)
+            losses = [
+                -model(torch.tensor([review[:t]])).logits.log_softmax(-1)[0, label].item() for t in range(1, n + 1)
+            ]
+            gains = [t / n for t in range(1, n + 1)]
+            on_the_way = sum(g * loss for g, loss in zip(gains, losses, strict=True)) / sum(gains)
+            expected += ((1 - share) * losses[-1] + share * on_the_way) / 3
+        assert classification_loss(model, batch, share).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_recipes_prefix_share_reaches_the_training():
+    losses = [train(tiny_model(), toy_data(), dataclasses.replace(RECIPE, prefix_share=s))[0]["loss"] for s in (0, 1)]
+    assert losses[0] != losses[1]
 
 
 # --- masks held ---
