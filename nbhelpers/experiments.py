@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,9 @@ MODEL_FIELDS = ("model", "model_revision", "dropout")
 TRAIN_FIELDS = ("weight_decay", "warmup_share", "max_grad_norm", "precision")
 FINETUNE_FIELDS = (*TRAIN_FIELDS, "batch_size", "epochs", "learning_rate", "layer_decay", "prefix_share")
 RECOVERY_FIELDS = (*TRAIN_FIELDS, "batch_size", "recovery_steps", "recovery_learning_rate", "prefix_share")
+
+
+GRADUAL_SHARE = 0.7  # of the recovery steps, those over which gradual pruning reaches its sparsity
 
 
 def pick(profile: Profile, *fields: str, **extra) -> dict:
@@ -230,10 +234,10 @@ def recover_model(
     }
 
 
-def train_on(run: Run, model, folder: Path, description: str, keeper=None) -> None:
+def train_on(run: Run, model, folder: Path, description: str, keeper=None, data=None, loss=None) -> None:
     """A profile's recovery steps, without a choice among checkpoints: the last one counts."""
-    recipe, data = recipe_for(run.profile, "recover"), dataset(run, "train")
-    history = train(model, data, recipe, seed=run.seed, mask_keeper=keeper, description=description)
+    options = {"seed": run.seed, "mask_keeper": keeper, "loss_function": loss, "description": description}
+    history = train(model, data or dataset(run, "train"), recipe_for(run.profile, "recover"), **options)
     save_dense(model, folder)
     write_history(folder, history)
 
@@ -250,6 +254,31 @@ def train_control(run: Run) -> float:
     settings = pick(run.profile, *RECOVERY_FIELDS, seed=run.seed)
     run.cached("fine_tuned_extra", settings, build, ("fine_tuned",), kind="dense", made_by="03")
     return validation_accuracy(run, "fine_tuned_extra")
+
+
+def recover_otherwise(run: Run, way: str, criterion: str, sparsity: float) -> str:
+    """Artefact ``gradual_<criterion>_<percent>`` or ``taught_...``, with the steps and data order of every recovery.
+
+    "gradual" reaches the sparsity step by step over the first 70 % of the steps; "taught" starts from the pruned model
+    and learns from the labels and the dense model's logits in equal parts (T = 2). Returns the artefact's name.
+    """
+    name, score = model_name(way, criterion, sparsity), with_merge(score_weights(run))[criterion]
+
+    def build(folder):
+        model, what = run.load_model("fine_tuned"), f"recovering {criterion} at {sparsity:.0%}, {way}"
+        if way == "taught":
+            keeper = masks.MaskKeeper(model, masks.select(score, sparsity))
+            train_on(run, model, folder, what, keeper, *teacher_data_and_loss(run, 0.5, 2.0))
+        else:
+            steps = round(GRADUAL_SHARE * run.profile.recovery_steps)
+            keeper = masks.GradualKeeper(model, lambda: score, sparsity, steps)
+            train_on(run, model, folder, what, keeper)
+            keeper.finish()
+
+    settings = pick(run.profile, *RECOVERY_FIELDS, sparsity=sparsity, seed=run.seed)
+    inputs = ("fine_tuned", *(f"scores_{c}" for c in criteria.CRITERIA))
+    run.cached(name, settings, build, inputs, kind="dense", made_by="03")
+    return name
 
 
 def validation_accuracy(run: Run, name: str) -> float:
@@ -314,6 +343,18 @@ def compact_model(run: Run, sparsity: float) -> dict:
 # --- 05: distillation ---
 
 
+def teacher_data_and_loss(run: Run, alpha: float, temperature: float) -> tuple[IMDbDataset, Callable]:
+    """The training reviews with the fine-tuned model's logits, and the loss that uses them (``distillation_loss``)."""
+    data = copy.copy(dataset(run, "train"))
+    data.teacher_logits = train_logits(run)
+
+    def loss(model, batch):
+        logits = model(input_ids=batch["input_ids"]).logits
+        return distillation_loss(batch["teacher_logits"], logits, batch["labels"], alpha, temperature)
+
+    return data, loss
+
+
 def distil_student(
     run: Run, name: str, layers: int, alpha: float, temperature: float, from_teacher: bool = True, steps: int = 0
 ) -> pd.DataFrame:
@@ -323,17 +364,11 @@ def distil_student(
     """
 
     def build(folder):
-        data = copy.copy(dataset(run, "train"))
-        data.teacher_logits = train_logits(run)
+        data, loss = teacher_data_and_loss(run, alpha, temperature)
         student = create_student(run.load_model("fine_tuned"), layers, run.seed, from_teacher)
         recipe = recipe_for(run.profile, "distill")
         if steps:
             recipe = Recipe(**{**vars(recipe), "steps": steps})
-
-        def loss(model, batch):
-            logits = model(input_ids=batch["input_ids"]).logits
-            return distillation_loss(batch["teacher_logits"], logits, batch["labels"], alpha, temperature)
-
         history = train(
             student,
             data,

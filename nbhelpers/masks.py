@@ -1,5 +1,7 @@
 """Scores -> masks -> a model that stays pruned. A mask is True where a weight is kept."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -164,6 +166,39 @@ class MaskKeeper:
     def revived(self) -> int:
         """How many dropped weights are not zero; anything but 0 is a bug."""
         return sum(int((self.weights[name][~mask] != 0).sum()) for name, mask in self.masks.items())
+
+
+def cubic_sparsity(final: float, progress: float) -> float:
+    """The sparsity of a gradual schedule, final * (1 - (1 - t)^3) with t from 0 to 1 (Zhu and Gupta, 2017)."""
+    return final * (1 - (1 - min(1.0, max(0.0, progress))) ** 3)
+
+
+class GradualKeeper(MaskKeeper):
+    """Prunes while it is trained: a little more every ``every`` steps, the full sparsity after ``steps`` steps.
+
+    scores() is asked anew each time, so that it can follow the weights (gradual magnitude pruning) or stay what it was
+    before recovery. ``finish`` raises ``RuntimeError`` where the training was too short to reach the sparsity.
+    """
+
+    def __init__(self, model: nn.Module, scores: Callable[[], Tensors], sparsity: float, steps: int, every: int = 1):
+        self.scores, self.sparsity, self.steps, self.every, self.step = scores, sparsity, max(1, steps), every, 0
+        super().__init__(model, select(scores(), 0.0))
+
+    def apply(self) -> None:
+        """Take the next step of the schedule, and set what the masks drop to zero."""
+        if self.step % self.every == 0 or self.step == self.steps:
+            chosen = select(self.scores(), cubic_sparsity(self.sparsity, self.step / self.steps))
+            self.masks = {name: mask.to(self.weights[name].device) for name, mask in chosen.items()}
+        self.step += 1
+        super().apply()
+
+    def finish(self) -> None:
+        """Raise unless the schedule was gone through to its end."""
+        if self.step <= self.steps:
+            raise RuntimeError(
+                f"gradual pruning ended at step {self.step - 1} of {self.steps}, at sparsity "
+                f"{sparsity_of(self.masks):.1%} instead of {self.sparsity:.1%}: train for more steps"
+            )
 
 
 def apply_masks(model: nn.Module, masks: Tensors) -> nn.Module:

@@ -98,13 +98,14 @@ STAGES = {
                 "03_scopes",
                 "03_recovered",
                 "03_recovery_worth",
+                "03_ways",
                 "03_against_control",
             ),
-            tables=("scopes", "curves", "recovery_significance"),
+            tables=("scopes", "curves", "recovery_ways", "recovery_significance"),
             metrics=promise(
                 "pruning",
                 "sparsity dense_accuracy control_accuracy best_criterion best_accuracy best_before_recovery "
-                "recovered revived",
+                "recovered ways comparators revived",
             ),
         ),
         Stage(

@@ -312,7 +312,7 @@ def maker_of(name: str) -> str:
         "pruned": "03",
         "fine_tuned_extra": "03",
     }
-    makers |= {"sparse": "04", "structured": "04", "compact": "04", "student": "05"}
+    makers |= {"sparse": "04", "structured": "04", "compact": "04", "gradual": "03", "taught": "03", "student": "05"}
     return next((number for prefix, number in makers.items() if name.startswith(prefix)), "01")
 
 

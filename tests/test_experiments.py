@@ -126,6 +126,22 @@ def test_comparators_are_computed_from_the_calibration_of_the_fine_tuned_model(c
     assert list(scores) == list(COMPARATORS)
 
 
+def test_the_other_ways_to_recover_end_at_the_same_masks_with_other_weights(chain):
+    run, *_ = chain
+    masks = select(experiments.with_merge(experiments.score_weights(run))["merged"], 0.9)
+    names = [
+        "recovered_merged_90",
+        *(experiments.recover_otherwise(run, w, "merged", 0.9) for w in ("gradual", "taught")),
+    ]
+    models = [run.load_model(name) for name in names]
+    for model in models:
+        assert all(torch.equal(weight != 0, masks[name]) for name, weight in prunable_weights(model).items())
+    heads = [model.score.weight for model in models]
+    assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    steps = [experiments.read_history(run, name)["steps"].max() for name in names]
+    assert set(steps) == {run.profile.recovery_steps}
+
+
 def test_a_compact_model_says_what_the_structured_one_says(chain):
     run, *_ = chain
     masked, small = run.load_model("structured_merged_50"), run.load_model("compact_merged_50")

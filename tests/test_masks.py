@@ -8,8 +8,10 @@ import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from nbhelpers.masks import (
+    GradualKeeper,
     MaskKeeper,
     apply_masks,
+    cubic_sparsity,
     identify_useless_parameters,
     select,
     sparsity_of,
@@ -261,3 +263,51 @@ def test_masks_that_fit_no_prunable_weight_are_refused(wrong):
     with pytest.raises(ValueError, match="fit no prunable weight of this model"):
         apply_masks(model, wrong)
     assert torch.equal(model.transformer.wte.weight, before)
+
+
+# --- gradual pruning ---
+
+
+def test_the_cubic_schedule_is_its_formula_and_stays_within_its_ends():
+    assert [cubic_sparsity(0.8, t) for t in (0, 0.5, 1)] == pytest.approx([0, 0.8 * (1 - 0.125), 0.8])
+    assert cubic_sparsity(0.8, -1) == 0
+    assert cubic_sparsity(0.8, 2) == pytest.approx(0.8)
+
+
+def test_a_gradual_keeper_prunes_step_by_step_follows_the_weights_and_reaches_exactly_its_sparsity():
+    model = tiny_model()
+    weights = prunable_weights(model)
+    total = sum(w.numel() for w in weights.values())
+    keeper = GradualKeeper(model, lambda: {n: w.detach().abs() for n, w in weights.items()}, 0.9, steps=10, every=2)
+    assert sparsity_of(keeper.masks) == 0
+    gone, before = [], None
+    for step in range(1, 14):
+        with torch.no_grad():
+            for weight in weights.values():
+                # A training step that would revive what was pruned, were its gradient not masked.
+                weight.grad = torch.ones_like(weight)
+        keeper.mask_gradients()
+        with torch.no_grad():
+            for weight in weights.values():
+                weight += 0.01 * weight.grad
+        keeper.apply()
+        assert keeper.revived() == 0
+        pruned = {n: ~mask for n, mask in keeper.masks.items()}
+        if before:
+            assert all((pruned[n] | ~before[n]).all() for n in pruned), "what is gone stays gone"
+        before = pruned
+        gone.append(sum(int(p.sum()) for p in pruned.values()))
+        # Renewed at every second step and at the end of the schedule.
+        asked = min(10, step - step % 2)
+        assert gone[-1] == round(cubic_sparsity(0.9, asked / 10) * total)
+    assert gone[-1] == round(0.9 * total)
+    keeper.finish()
+
+
+def test_a_schedule_that_was_cut_short_is_an_error():
+    model = tiny_model()
+    keeper = GradualKeeper(model, lambda: {n: w.detach().abs() for n, w in prunable_weights(model).items()}, 0.9, 10)
+    for _ in range(5):
+        keeper.apply()
+    with pytest.raises(RuntimeError, match=r"ended at step 5 of 10, at sparsity 78.* instead of 90.0%"):
+        keeper.finish()
