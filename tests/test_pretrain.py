@@ -3,12 +3,15 @@
 import argparse
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -16,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from nbhelpers import models, pretrain
 from nbhelpers.data import read_movie_reviews
 from nbhelpers.pretrain import FusedCrossEntropy, bits_per_byte, learning_rate_factor, windows
+
+PROJECT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -364,11 +369,28 @@ def test_a_folder_without_facts_cannot_be_prolonged(small):
         pretrain.pretrain(arguments(small / "second", start_from=str(first.out)))
 
 
+# What the fixture ``small`` changes, for processes of their own.
+PROCESS = """
+import argparse, json, sys
+from nbhelpers import pretrain
+pretrain.CONTEXT, pretrain.mixed_precision, pretrain.bits_per_byte = 32, lambda: "no", lambda *_: 1.0
+pretrain.pretrain(argparse.Namespace(**json.loads(sys.argv[1])))
+"""
+
+
 def test_two_processes_share_the_batches_and_reach_the_weights_of_one(small):
     alone, shared = arguments(small / "alone"), arguments(small / "shared")
     pretrain.pretrain(alone)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    debug_launcher(pretrain.pretrain, (shared,), num_processes=2)
+    (small / "process.py").write_text(PROCESS, encoding="utf-8")
+    values = json.dumps(vars(shared), default=str)
+    # Not forked: a process that has used its threads cannot be forked safely.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(
+        [*command, str(small / "process.py"), values], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
     weights = [load_file(args.work / "latest" / "model.safetensors") for args in (alone, shared)]
     start = GPT2LMHeadModel(AutoModelForCausalLM.from_pretrained(alone.out).config).state_dict()
     for name, value in weights[0].items():
