@@ -7,7 +7,7 @@ import seaborn as sns
 import torch
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from nbhelpers.models import position
 from nbhelpers.workspace import Run
@@ -29,6 +29,7 @@ COLORS = {
     "fisher": "#332288",
     "wanda": "#117733",
     "movement_first_order": "#DDAA33",
+    "torch_csr": "#661100",
 }
 MARKERS = {"pruned": "o", "recovered": "s", "dense": "D", "sparse": "^", "compact": "P", "student": "v"}
 
@@ -65,7 +66,14 @@ def color(name: str) -> str:
     if name in COLORS:
         return COLORS[name]
     words = name.replace("_", " ").split()
-    aliases = {"fine": "dense", "extra": "control", "tf-idf": "baseline", "chance": "baseline", "untrained": "baseline"}
+    aliases = {
+        "numba": "sparse",
+        "fine": "dense",
+        "extra": "control",
+        "tf-idf": "baseline",
+        "chance": "baseline",
+        "untrained": "baseline",
+    }
     if "extra" in words:
         return COLORS["control"]
     for word in words:
@@ -227,7 +235,8 @@ def lines(
     """One line per value of ``hue``, with bands where the table has <y>_low and <y>_high, labelled at its end."""
     figure, (ax,) = axes(width=7.4, height=4)
     for name, part in table.sort_values(x).groupby(hue, sort=False):
-        shade = color(str(name)) if any(word in COLORS for word in str(name).split("_")) else None
+        known = str(name) in COLORS or any(word in (*COLORS, "numba") for word in str(name).split("_"))
+        shade = color(str(name)) if known else None
         (line,) = ax.plot(part[x], part[y], marker="o", color=shade, label=label(str(name)))
         if f"{y}_low" in part:
             ax.fill_between(part[x], part[f"{y}_low"], part[f"{y}_high"], alpha=0.12, color=line.get_color())
@@ -242,12 +251,18 @@ def lines(
 def accuracy_curves(curves: pd.DataFrame, dense: float, control: float | None = None) -> Figure:
     """Accuracy against sparsity, one panel a stage (pruned, recovered), one line a criterion with its interval."""
     stages = list(dict.fromkeys(curves["stage"]))
-    figure, row = axes(len(stages), width=4.8 * len(stages), height=4, sharey=True)
+    figure, row = axes(len(stages), width=max(7.4, 4.8 * len(stages)), height=4, sharey=True)
     for ax, stage in zip(row, stages, strict=True):
         for criterion, part in (
             curves[curves["stage"] == stage].sort_values("sparsity").groupby("criterion", sort=False)
         ):
-            ax.plot(part["sparsity"], part["accuracy"], marker=MARKERS[stage], color=color(criterion), label=criterion)
+            ax.plot(
+                part["sparsity"],
+                part["accuracy"],
+                marker=MARKERS[stage],
+                color=color(criterion),
+                label=label(criterion),
+            )
             ax.fill_between(
                 part["sparsity"], part["accuracy_low"], part["accuracy_high"], color=color(criterion), alpha=0.1
             )
@@ -265,7 +280,13 @@ def accuracy_curves(curves: pd.DataFrame, dense: float, control: float | None = 
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     row[0].set_ylabel("validation accuracy")
     row[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    row[0].legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 0.08))
+    many = curves["criterion"].nunique() > 5
+    place = (
+        {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        if many
+        else {"loc": "lower left", "bbox_to_anchor": (0, 0.08)}
+    )
+    row[-1 if many else 0].legend(fontsize="small", **place)
     return figure
 
 
@@ -320,17 +341,29 @@ def roofline(table: pd.DataFrame, limits: dict[str, float]) -> Figure:
     figure, (ax,) = axes(width=8.2, height=4.4)
     span = np.geomspace(table["intensity"].min() / 3, table["intensity"].max() * 3, 50)
     ax.plot(span, np.minimum(span * limits["memory_gbs"], limits["dense_gflops"]), color=COLORS["dense"])
-    note(ax, 0.99, limits["dense_gflops"], "dense product, zeros included", "right")
+    ax.annotate(
+        "dense product, zeros included",
+        (1, limits["dense_gflops"]),
+        (-2, -3),
+        xycoords=ax.get_yaxis_transform(),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize="small",
+    )
     if np.isfinite(limits["cache_gbs"]):
         # Each weight multiplies numbers that are read from the cache: 4 bytes for 2 operations.
         ax.axhline(limits["cache_gbs"] / 2, color=COLORS["sparse"], linestyle=":")
-        note(ax, 0.99, limits["cache_gbs"] / 2, "one cache read a product", "right")
-    shades = {"dense": "dense", "numba": "sparse", "torch_csr": "student", "scipy": "baseline"}
-    marks = dict(zip(shades, "D^vx", strict=True))
+        note(ax, 0.01, limits["cache_gbs"] / 2, "one cache read a product")
+    marks = {"dense": "D", "numba": "^", "torch_csr": "v", "scipy": "x"}
     for name, part in table.groupby("name", sort=False):
-        ax.plot(part["intensity"], part["gflops"], marks[name], color=COLORS[shades[name]], label=label(name))
+        ax.plot(part["intensity"], part["gflops"], marks[name], color=color(name), label=label(name))
     ax.set(xscale="log", yscale="log", xlabel="useful operations a byte of memory traffic")
     ax.set(ylabel="useful GFLOP a second", title="Roofline: what limits each engine")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
     ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
