@@ -10,7 +10,7 @@ ONNX Runtime takes part in ``models`` where it is installed (pip install onnxrun
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from nbhelpers.masks import apply_masks, select
-from nbhelpers.measurement import compare_latency, speedups
+from nbhelpers.measurement import by_model, compare_speed
 from nbhelpers.models import prunable_weights
 from nbhelpers.sparse import convert_gpt2_to_sparse, kernels
 from nbhelpers.sparse.layers import random_matrix, to_weight
@@ -43,9 +43,9 @@ TOKENS = (128, 2048)
 # --- one matrix ---
 
 
-def sparse_engines(n_in: int, n_out: int, sparsity: float, tokens: int) -> dict[str, Callable[[], object]]:
-    """The same random product [tokens, in] x [in, out] by each engine, [tokens, features] tensors in and out."""
-    matrix, x = random_matrix(n_out, n_in, 1 - sparsity), torch.randn(tokens, n_in)
+def sparse_engines(matrix: tuple[torch.Tensor, ...], x: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """The same product by each engine: x [tokens, in] times a matrix of ``random_matrix`` gives [tokens, out]."""
+    n_in, n_out = x.shape[1], len(matrix[3])
     weight, bias = to_weight(matrix, n_in), matrix[3]
     values, columns, starts, _ = (tensor.numpy() for tensor in matrix)
     scipy_matrix = csr_array((values, columns, starts), shape=(n_out, n_in))
@@ -69,11 +69,10 @@ def compare_engines(shapes, sparsities=SPARSITIES, tokens=TOKENS, repeats: int =
     for n_in, n_out in shapes:
         for n in tokens:
             for sparsity in sparsities:
-                functions = sparse_engines(n_in, n_out, sparsity, n)
-                latency = compare_latency({e: functions[e] for e in engines if e in functions}, repeats)
-                ratios = speedups(latency.attrs.pop("times")).drop(columns="name")
-                table = pd.concat([latency, ratios], axis=1)
-                weights = len(random_matrix(n_out, n_in, 1 - sparsity)[0])
+                matrix = random_matrix(n_out, n_in, 1 - sparsity)
+                functions, weights = sparse_engines(matrix, torch.randn(n, n_in)), len(matrix[0])
+                table = compare_speed({e: functions[e] for e in engines if e in functions}, repeats)
+                table.attrs.clear()
                 stored = np.where(table["name"] == "dense", 4 * n_in * n_out, 8 * weights)
                 table["gflops"] = 2 * weights * n / table["median_ms"] / 1e6
                 table["intensity"] = 2 * weights * n / (stored + 4 * n * (n_in + n_out))
@@ -129,7 +128,14 @@ def machine_limits() -> dict[str, float]:
     target = torch.zeros_like(large)
     copy = best_seconds(lambda: target.copy_(large), 7)
     limits = {"dense_gflops": 2 * 2048 * 2048 * 1024 / product / 1e9, "memory_gbs": 2 * 4 * large.numel() / copy / 1e9}
-    return limits | {"cache_gbs": kernels.cache_bandwidth() / 1e9 if kernels.numba is not None else float("nan")}
+    return limits | {"cache_gbs": cache_bandwidth() / 1e9 if kernels.numba is not None else float("nan")}
+
+
+def cache_bandwidth(times: int = 200) -> float:
+    """Bytes a second that all of torch's threads together read from their second-level caches, at best."""
+    x, threads = np.ones(kernels.l2_bytes() // 8, np.float32), torch.get_num_threads()
+    kernels.numba.set_num_threads(min(threads, kernels.numba.config.NUMBA_NUM_THREADS))
+    return threads * times * x.nbytes / best_seconds(lambda: kernels.sum_often(x, times, threads))
 
 
 # --- a whole model ---
@@ -189,18 +195,40 @@ def compare_models(shape: str, sparsity: float, reviews: int, length: int, repea
             largest = abs(runtime() - model(**batch).logits.numpy()).max()
         if largest > 1e-2:
             raise RuntimeError(f"ONNX Runtime's logits differ by {largest}: it does not run the same model")
-    latency = compare_latency(functions, repeats)
-    table = pd.concat([latency, speedups(latency.attrs["times"]).drop(columns="name")], axis=1)
-    names = {"name": "model", "median_ms": "latency_ms", "low_ms": "latency_low_ms", "high_ms": "latency_high_ms"}
-    return table.rename(columns=names)
+    return by_model(compare_speed(functions, repeats))
 
 
 # --- the command line ---
 
 
+def layers(options) -> Iterator[tuple[str, pd.DataFrame]]:
+    """A title and a table for each matrix of each shape."""
+    for shape in options.shapes:
+        for n_in, n_out in LAYERS[shape]:
+            sparsities = options.sparsities or SPARSITIES
+            yield (
+                f"{shape} {n_in} x {n_out}",
+                compare_engines([(n_in, n_out)], sparsities, options.tokens, options.repeats),
+            )
+
+
+def models(options) -> Iterator[tuple[str, pd.DataFrame]]:
+    """A title and a table for each sparsity of each shape."""
+    for shape in options.shapes:
+        for sparsity in options.sparsities or (0.8, 0.9):
+            title = f"{shape}, {sparsity:.0%} of the block weights zero, {options.batch} x {options.length} tokens"
+            table = compare_models(shape, sparsity, options.batch, options.length, options.repeats)
+            yield title, table.assign(shape=shape, sparsity=sparsity)
+
+
+def machine(options) -> Iterator[tuple[str, pd.DataFrame]]:
+    yield "this machine", pd.DataFrame([machine_limits()])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m nbhelpers.benchmark", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=["layers", "models", "machine"])
+    commands = {"layers": layers, "models": models, "machine": machine}
+    parser.add_argument("what", choices=list(commands))
     parser.add_argument("--shapes", nargs="+", choices=list(LAYERS), default=list(LAYERS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=None)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="layers: rows of the activations")
@@ -211,23 +239,10 @@ def main() -> None:
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; speedup: against dense, above 1 is faster")
     tables = []
-    if options.what == "machine":
-        tables.append(pd.DataFrame([machine_limits()]))
-        print(tables[0].round(1).to_string(index=False))
-    for shape in options.shapes if options.what != "machine" else ():
-        if options.what == "layers":
-            for pair in LAYERS[shape]:
-                tables.append(
-                    compare_engines([pair], options.sparsities or SPARSITIES, options.tokens, options.repeats)
-                )
-                shown = tables[-1].drop(columns=["in", "out"]).round(3).to_string(index=False)
-                print(f"\n{shape} {pair[0]} x {pair[1]}\n{shown}", flush=True)
-        else:
-            for sparsity in options.sparsities or (0.8, 0.9):
-                table = compare_models(shape, sparsity, options.batch, options.length, options.repeats)
-                tables.append(table.assign(shape=shape, sparsity=sparsity))
-                print(f"\n{shape}, {sparsity:.0%} of the block weights zero, {options.batch} x {options.length} tokens")
-                print(table.round(3).to_string(index=False), flush=True)
+    for title, table in commands[options.what](options):
+        shown = table.drop(columns=["in", "out"], errors="ignore").round(3).to_string(index=False)
+        print(f"\n{title}\n{shown}", flush=True)
+        tables.append(table)
     if options.csv:
         pd.concat(tables).to_csv(options.csv, index=False)
 

@@ -45,6 +45,7 @@ FINETUNE_FIELDS = (*TRAIN_FIELDS, "batch_size", "epochs", "learning_rate", "laye
 RECOVERY_FIELDS = (*TRAIN_FIELDS, "batch_size", "recovery_steps", "recovery_learning_rate", "prefix_share")
 
 
+PRUNED_FROM = ("fine_tuned", *(f"scores_{criterion}" for criterion in criteria.CRITERIA))
 GRADUAL_SHARE = 0.7  # of the recovery steps, those over which gradual pruning reaches its sparsity
 
 
@@ -155,7 +156,7 @@ def load_statistics(run: Run, artefact: str) -> dict[str, dict[str, torch.Tensor
     return found
 
 
-def calibrate_model(run: Run) -> dict[str, dict[str, torch.Tensor]]:
+def calibrate_model(run: Run) -> None:
     """Artefact ``calibration``: what a pass over some training reviews shows of the fine-tuned model."""
 
     def build(folder):
@@ -166,24 +167,28 @@ def calibrate_model(run: Run) -> dict[str, dict[str, torch.Tensor]]:
         save_statistics(folder, calibrate(run.load_model("fine_tuned"), reviews, labels))
 
     run.cached("calibration", pick(run.profile, "calibration_reviews"), build, ("fine_tuned",), made_by="02")
-    return load_statistics(run, "calibration")
 
 
 def statistics_of(run: Run) -> tuple[dict, dict]:
     """The fine-tuned prunable weights, and the statistics that the criteria and the comparators take."""
     weights = {n: w.detach() for n, w in prunable_weights(run.load_model("fine_tuned")).items()}
     pretrained = {n: w.detach() for n, w in prunable_weights(run.load_model("pretrained")).items()}
-    return weights, {"pretrained": pretrained} | load_statistics(run, "fine_tuned") | calibrate_model(run)
+    calibrate_model(run)
+    return weights, {"pretrained": pretrained} | load_statistics(run, "fine_tuned") | load_statistics(
+        run, "calibration"
+    )
 
 
 def score_weights(run: Run, registry: dict = criteria.CRITERIA) -> dict[str, dict[str, torch.Tensor]]:
     """Artefacts ``scores_<criterion>``; returns {criterion: {parameter name: score}}."""
     found, inputs = {}, ("pretrained", "fine_tuned", "calibration")
     calibrate_model(run)
+    # Read once, and only if a score has to be computed.
+    observed = functools.cache(lambda: statistics_of(run))
     for name, criterion in registry.items():
 
         def build(folder, criterion=criterion):
-            save_tensors(folder, criterion(*statistics_of(run)))
+            save_tensors(folder, criterion(*observed()))
 
         run.cached(f"scores_{name}", {"criterion": name}, build, inputs, made_by="02")
         found[name] = run.load_tensors(f"scores_{name}")
@@ -193,6 +198,12 @@ def score_weights(run: Run, registry: dict = criteria.CRITERIA) -> dict[str, dic
 def with_merge(scores: dict) -> dict:
     """The criteria's scores and, as ``merged``, the one of their unanimous agreement."""
     return scores | {"merged": criteria.merge_scores(scores, "all")}
+
+
+def scores_of(run: Run, criterion: str) -> dict[str, torch.Tensor]:
+    """The scores of one criterion, or of ``merged``."""
+    scores = score_weights(run)
+    return with_merge(scores)[criterion] if criterion == "merged" else scores[criterion]
 
 
 def model_name(stage: str, criterion: str, sparsity: float) -> str:
@@ -223,8 +234,7 @@ def recover_model(
 
     bits = b"".join(np.packbits(mask.numpy()).tobytes() for mask in chosen.values())
     settings = pick(run.profile, *RECOVERY_FIELDS, masks=hashlib.sha256(bits).hexdigest(), seed=run.seed)
-    inputs = ("fine_tuned", *(f"scores_{c}" for c in criteria.CRITERIA))
-    run.cached(name, settings, build, inputs, kind="dense", made_by=maker_of(name))
+    run.cached(name, settings, build, PRUNED_FROM, kind="dense", made_by=maker_of(name))
     zeros = {n: w != 0 for n, w in prunable_weights(run.load_model(name)).items()}
     return {
         "criterion": criterion,
@@ -262,10 +272,11 @@ def recover_otherwise(run: Run, way: str, criterion: str, sparsity: float) -> st
     "gradual" reaches the sparsity step by step over the first 70 % of the steps; "taught" starts from the pruned model
     and learns from the labels and the dense model's logits in equal parts (T = 2). Returns the artefact's name.
     """
-    name, score = model_name(way, criterion, sparsity), with_merge(score_weights(run))[criterion]
+    name = model_name(way, criterion, sparsity)
 
     def build(folder):
-        model, what = run.load_model("fine_tuned"), f"recovering {criterion} at {sparsity:.0%}, {way}"
+        model, score = run.load_model("fine_tuned"), scores_of(run, criterion)
+        what = f"recovering {criterion} at {sparsity:.0%}, {way}"
         if way == "taught":
             keeper = masks.MaskKeeper(model, masks.select(score, sparsity))
             train_on(run, model, folder, what, keeper, *teacher_data_and_loss(run, 0.5, 2.0))
@@ -276,8 +287,7 @@ def recover_otherwise(run: Run, way: str, criterion: str, sparsity: float) -> st
             keeper.finish()
 
     settings = pick(run.profile, *RECOVERY_FIELDS, sparsity=sparsity, seed=run.seed)
-    inputs = ("fine_tuned", *(f"scores_{c}" for c in criteria.CRITERIA))
-    run.cached(name, settings, build, inputs, kind="dense", made_by="03")
+    run.cached(name, settings, build, PRUNED_FROM, kind="dense", made_by="03")
     return name
 
 
@@ -302,25 +312,25 @@ def best_criterion(run: Run) -> str:
 
 def masks_of(run: Run, sparsity: float) -> dict[str, torch.Tensor]:
     """The best criterion's masks at a sparsity."""
-    return masks.select(with_merge(score_weights(run))[best_criterion(run)], sparsity)
+    return masks.select(scores_of(run, best_criterion(run)), sparsity)
 
 
-def sparsify(run: Run, criterion: str, sparsity: float) -> Path:
-    """Artefact ``sparse_<criterion>_<percent>``: the recovered model, converted to sparse execution."""
-    source = model_name("recovered", criterion, sparsity)
+def sparsify(
+    run: Run, criterion: str, sparsity: float, stage: str = "sparse", source: str = "recovered", backend: str = "auto"
+) -> Path:
+    """Artefact ``<stage>_<criterion>_<percent>``: the model of the stage ``source``, converted to sparse execution."""
+    dense = model_name(source, criterion, sparsity)
 
     def build(folder):
-        save_sparse(convert_gpt2_to_sparse(run.load_model(source)), folder)
+        save_sparse(convert_gpt2_to_sparse(run.load_model(dense), backend), folder)
 
-    settings = {"criterion": criterion, "sparsity": sparsity}
-    return run.cached(
-        model_name("sparse", criterion, sparsity), settings, build, (source,), kind="sparse", made_by="04"
-    )
+    settings = {"criterion": criterion, "sparsity": sparsity, "backend": backend}
+    return run.cached(model_name(stage, criterion, sparsity), settings, build, (dense,), kind="sparse", made_by="04")
 
 
 def structured_masks(run: Run, sparsity: float) -> dict[str, torch.Tensor]:
     """The masks of whole heads and neurons by the best criterion's scores, nearest to a sparsity."""
-    scores = with_merge(score_weights(run))[best_criterion(run)]
+    scores = scores_of(run, best_criterion(run))
     return masks.select_structures(scores, structures(run.load_model("fine_tuned")), sparsity)
 
 
@@ -331,13 +341,8 @@ def compact_model(run: Run, sparsity: float) -> dict:
     """
     criterion = best_criterion(run)
     row = recover_model(run, criterion, sparsity, structured_masks(run, sparsity), "structured")
-    source, name = (model_name(stage, criterion, sparsity) for stage in ("structured", "compact"))
-
-    def build(folder):
-        save_sparse(convert_gpt2_to_sparse(run.load_model(source), backend="dense"), folder)
-
-    run.cached(name, {"sparsity": sparsity}, build, (source,), kind="sparse", made_by="04")
-    return {"model": name, **row}
+    sparsify(run, criterion, sparsity, "compact", "structured", "dense")
+    return {"model": model_name("compact", criterion, sparsity), **row}
 
 
 # --- 05: distillation ---

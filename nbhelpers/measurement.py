@@ -61,6 +61,21 @@ def speedups(times: dict[str, list[float]], baseline: str | None = None) -> pd.D
     return pd.DataFrame(rows, columns=["name", "speedup", "speedup_low", "speedup_high"])
 
 
+def compare_speed(functions: dict[str, Callable[[], object]], repeats: int) -> pd.DataFrame:
+    """The columns of ``compare_latency``, then those of ``speedups`` over the first function."""
+    latency = compare_latency(functions, repeats)
+    times = latency.attrs["times"]
+    table = pd.concat([latency, speedups(times).drop(columns="name")], axis=1)
+    table.attrs["times"] = times
+    return table
+
+
+def by_model(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of ``compare_speed`` under the names that tables of models have."""
+    names = {"name": "model", "median_ms": "latency_ms", "low_ms": "latency_low_ms", "high_ms": "latency_high_ms"}
+    return table.rename(columns=names)
+
+
 def synchronize() -> None:
     """Wait for a GPU, where there is one in use."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -143,15 +158,10 @@ def measure_inference_efficiency(
         for batch in batches:
             model(**batch)
 
-    latency = compare_latency({name: partial(run, model) for name, model in models.items()}, repeats)
-    times = latency.attrs["times"]
-    table = pd.concat([latency, speedups(times).drop(columns="name")], axis=1)
+    table = compare_speed({name: partial(run, model) for name, model in models.items()}, repeats)
     table[["median_ms", "low_ms", "high_ms"]] /= len(batches)
     largest = max(batches, key=lambda batch: batch["input_ids"].numel())
     table["peak_memory_bytes"] = [
         tensor_bytes(model) + peak_memory(partial(model, **largest)) for model in models.values()
     ]
-    names = {"name": "model", "median_ms": "latency_ms", "low_ms": "latency_low_ms", "high_ms": "latency_high_ms"}
-    table = table.rename(columns=names)
-    table.attrs["times"] = times
-    return table
+    return by_model(table)

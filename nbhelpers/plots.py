@@ -61,8 +61,8 @@ def show(run: Run, name: str, figure: Figure, reading: str) -> None:
     display(Markdown(reading))
 
 
-def color(name: str) -> str:
-    """The colour of a criterion, a model or a stage: by the first known word in its name."""
+def color(name: str, unknown: str | None = COLORS["dense"]) -> str | None:
+    """The colour of a criterion, a model, a stage or an engine: by the first known word in its name."""
     if name in COLORS:
         return COLORS[name]
     words = name.replace("_", " ").split()
@@ -80,7 +80,7 @@ def color(name: str) -> str:
         word = aliases.get(word.lower(), word.lower())
         if word in COLORS:
             return COLORS[word]
-    return COLORS["dense"]
+    return unknown
 
 
 def label(name: str) -> str:
@@ -235,8 +235,7 @@ def lines(
     """One line per value of ``hue``, with bands where the table has <y>_low and <y>_high, labelled at its end."""
     figure, (ax,) = axes(width=7.4, height=4)
     for name, part in table.sort_values(x).groupby(hue, sort=False):
-        known = str(name) in COLORS or any(word in (*COLORS, "numba") for word in str(name).split("_"))
-        shade = color(str(name)) if known else None
+        shade = color(str(name), unknown=None)
         (line,) = ax.plot(part[x], part[y], marker="o", color=shade, label=label(str(name)))
         if f"{y}_low" in part:
             ax.fill_between(part[x], part[f"{y}_low"], part[f"{y}_high"], alpha=0.12, color=line.get_color())

@@ -91,6 +91,6 @@ def calibrate(model: nn.Module, reviews: list[list[int]], labels: list[int], hes
         model.zero_grad()
         model.train(was_training)
     for name, total in squares.items():
-        inputs = 0 if isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D) else 1
-        found.setdefault("input_norm", {})[name] = total.sqrt().unsqueeze(1 - inputs)
+        outputs = 1 if isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D) else 0
+        found.setdefault("input_norm", {})[name] = total.sqrt().unsqueeze(outputs)
     return found | ({"hessian": products} if hessians else {})

@@ -1,12 +1,12 @@
 """Sparse execution: the kernel, the layers, GPT-2 made of them, and their files."""
 
-from nbhelpers.sparse.compaction import compact
 from nbhelpers.sparse.gpt2 import (
     SparseGPT2Attention,
     SparseGPT2Block,
     SparseGPT2ForSequenceClassification,
     SparseGPT2MLP,
     SparseGPT2Model,
+    compact,
     convert_gpt2_to_sparse,
     count_actual_params,
 )

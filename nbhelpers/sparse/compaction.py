@@ -6,8 +6,6 @@ for its values it adds a constant, since attention weights sum to one. Either wa
 stays what it was, up to rounding.
 """
 
-import copy
-
 import torch
 from torch import nn
 from transformers import GPT2ForSequenceClassification
@@ -69,21 +67,3 @@ def compact_blocks(model: GPT2ForSequenceClassification) -> tuple[dict[str, Conv
         heads.append(len(attention["c_proj"].weight) // size)
         neurons.append(len(mlp["c_proj"].weight))
     return layers, heads, neurons
-
-
-def compact(model: GPT2ForSequenceClassification) -> nn.Module:
-    """The model that gives the same logits without the heads and neurons that pruning left empty.
-
-    Where every block keeps all heads and equally many neurons, a plain ``GPT2ForSequenceClassification`` whose config
-    says ``n_inner``; otherwise a ``SparseGPT2ForSequenceClassification`` of dense layers, whose blocks may differ.
-    """
-    from nbhelpers.sparse.gpt2 import convert_gpt2_to_sparse
-
-    layers, heads, neurons = compact_blocks(model)
-    if set(heads) != {model.config.num_attention_heads} or len(set(neurons)) > 1:
-        return convert_gpt2_to_sparse(model, backend="dense")
-    small = copy.deepcopy(model)
-    small.config.n_inner = neurons[0]
-    for name, layer in layers.items():
-        small.set_submodule(name, layer)
-    return small.eval()

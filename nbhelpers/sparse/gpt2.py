@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.pytorch_utils import Conv1D
 
 from nbhelpers.sparse import kernels
 from nbhelpers.sparse.compaction import compact_blocks
@@ -26,14 +27,11 @@ def kept_heads(config: GPT2Config) -> list[int]:
     return getattr(config, "kept_heads", None) or [config.num_attention_heads] * config.num_hidden_layers
 
 
-def inner_size(config: GPT2Config) -> int:
-    """How many MLP neurons a block of the architecture has."""
-    return config.n_inner or 4 * config.hidden_size
-
-
 def kept_neurons(config: GPT2Config) -> list[int]:
     """How many MLP neurons each block has."""
-    return getattr(config, "kept_neurons", None) or [inner_size(config)] * config.num_hidden_layers
+    return (
+        getattr(config, "kept_neurons", None) or [config.n_inner or 4 * config.hidden_size] * config.num_hidden_layers
+    )
 
 
 class Packing:
@@ -203,7 +201,29 @@ def convert_gpt2_to_sparse(model: nn.Module, backend: str = "auto") -> SparseGPT
             f"convert_gpt2_to_sparse takes a GPT2ForSequenceClassification without cross-attention, "
             f"not {type(model).__name__}: use SparseLinear.from_dense on the layers of other models"
         )
+    return assemble(model, *compact_blocks(model), backend)
+
+
+def compact(model: GPT2ForSequenceClassification) -> nn.Module:
+    """The model that gives the same logits without the heads and neurons that pruning left empty.
+
+    Where every block keeps all heads and equally many neurons, a plain ``GPT2ForSequenceClassification`` whose config
+    says ``n_inner``; otherwise a ``SparseGPT2ForSequenceClassification`` of dense layers, whose blocks may differ.
+    """
     layers, heads, neurons = compact_blocks(model)
+    if set(heads) != {model.config.num_attention_heads} or len(set(neurons)) > 1:
+        return assemble(model, layers, heads, neurons, "dense")
+    small = copy.deepcopy(model)
+    small.config.n_inner = neurons[0]
+    for name, layer in layers.items():
+        small.set_submodule(name, layer)
+    return small.eval()
+
+
+def assemble(
+    model: GPT2ForSequenceClassification, layers: dict[str, Conv1D], heads: list[int], neurons: list[int], backend: str
+) -> SparseGPT2ForSequenceClassification:
+    """A sparse model out of what ``compact_blocks`` left of a model's blocks, and the model's other parameters."""
     config = copy.deepcopy(model.config)
     config.kept_heads, config.kept_neurons = heads, neurons
     sparse = skeleton(config)
@@ -225,6 +245,11 @@ def sparse_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
 
 
+def sparse_layers(model: nn.Module) -> list[SparseLinear]:
+    """A model's sparse layers."""
+    return [model.get_submodule(name) for name in sparse_names(model)]
+
+
 def fill(model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
     """Give a skeleton whose sparse layers are in place the rest of its parameters, which need no gradients."""
     model.load_state_dict(parameters, strict=False, assign=True)
@@ -239,12 +264,13 @@ def count_actual_params(model: nn.Module) -> dict[str, int | float]:
     ones that are gone. A sparse model is counted against the model that it was made from.
     """
     if isinstance(model, SparseGPT2ForSequenceClassification):
-        layers = [model.get_submodule(name) for name in sparse_names(model)]
-        width, inner = model.config.hidden_size, inner_size(model.config)
+        config = copy.deepcopy(model.config)
+        config.kept_heads = config.kept_neurons = None
+        layers, whole = sparse_layers(model), sparse_layers(skeleton(config))
         others = sum(parameter.numel() for parameter in model.parameters())
-        prunable = len(layers) // 4 * (4 * width**2 + 2 * width * inner)
+        prunable = sum(layer.in_features * layer.out_features for layer in whole)
         left = sum(layer.nonzeros for layer in layers)
-        total = prunable + len(layers) // 4 * (5 * width + inner) + others
+        total = prunable + sum(layer.out_features for layer in whole) + others
         active = left + sum(len(layer.bias) for layer in layers) + others
     else:
         from nbhelpers.models import prunable_weights

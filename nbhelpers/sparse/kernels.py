@@ -19,7 +19,6 @@ import ctypes
 import functools
 import math
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -305,17 +304,6 @@ def l2_bytes() -> int:
         except (OSError, ValueError):
             continue
     return L2_ASSUMED
-
-
-def cache_bandwidth() -> float:
-    """Bytes a second that all of torch's threads together read from their second-level caches, at best."""
-    x, threads, times, best = np.ones(l2_bytes() // 8, np.float32), torch.get_num_threads(), 200, math.inf
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    for _ in range(6):
-        started = time.perf_counter()
-        sum_often(x, times, threads)
-        best = min(best, time.perf_counter() - started)
-    return threads * times * x.nbytes / best
 
 
 def choose_vectors(tokens: int, features: int, threads: int) -> int:
