@@ -3,12 +3,15 @@
     python -m nbhelpers.benchmark layers     each engine on the matrices of GPT-2 and of the mini model
     python -m nbhelpers.benchmark models     whole models of these shapes with random weights
     python -m nbhelpers.benchmark machine    this machine's limits
+    python -m nbhelpers.benchmark selection  scores, thresholds and masks of GPT-2's block weights
 
 ONNX Runtime takes part in ``models`` where it is installed (pip install onnxruntime onnx onnxscript).
 """
 
 import argparse
+import copy
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,9 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from scipy.sparse import csr_array
 from torch import nn
+from torch.nn.utils import prune
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from nbhelpers.masks import apply_masks, select
@@ -135,7 +140,9 @@ def cache_bandwidth(times: int = 200) -> float:
     """Bytes a second that all of torch's threads together read from their second-level caches, at best."""
     x, threads = np.ones(kernels.l2_bytes() // 8, np.float32), torch.get_num_threads()
     kernels.numba.set_num_threads(min(threads, kernels.numba.config.NUMBA_NUM_THREADS))
-    return threads * times * x.nbytes / best_seconds(lambda: kernels.sum_often(x, times, threads))
+    seconds = best_seconds(lambda: kernels.sum_often(x, times, threads))
+    torch.set_num_threads(threads)  # numba and torch may share OpenMP, and then this number too
+    return threads * times * x.nbytes / seconds
 
 
 # --- a whole model ---
@@ -198,6 +205,62 @@ def compare_models(shape: str, sparsity: float, reviews: int, length: int, repea
     return by_model(compare_speed(functions, repeats))
 
 
+# --- selection ---
+
+
+def with_peak_memory(function: Callable[[], object]) -> tuple[float, float, object]:
+    """Seconds of a call, the bytes by which the process's resident memory rose at most meanwhile, and its result."""
+    process, stop = psutil.Process(), threading.Event()
+    before = peak = process.memory_info().rss
+
+    def watch():
+        nonlocal peak
+        while not stop.wait(0.002):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    try:
+        result = function()
+    finally:
+        seconds = time.perf_counter() - started
+        stop.set()
+        watcher.join()
+    return seconds, max(peak, process.memory_info().rss) - before, result
+
+
+def select_by_magnitude(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor]:
+    """|w| of every block weight, and the masks of the largest."""
+    return select({name: weight.detach().abs() for name, weight in prunable_weights(model).items()}, sparsity)
+
+
+def select_by_torch(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor]:
+    """The same with ``torch.nn.utils.prune``, on a model that is handed back as it was."""
+    modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in prunable_weights(model)}
+    pairs = [(module, "weight") for module in modules.values()]
+    prune.global_unstructured(pairs, pruning_method=prune.L1Unstructured, amount=sparsity)
+    return {name: module.weight_mask for name, module in modules.items()}
+
+
+def compare_selection(shape: str, sparsity: float, repeats: int) -> pd.DataFrame:
+    """Our selection and PyTorch's in turns on one random model: seconds, extra bytes, ratio, and how many weights go.
+
+    Each starts from a model of its own, so that what PyTorch keeps beside the weights counts as its extra memory.
+    """
+    model, rows = random_gpt2(shape, 0.0), []
+    total = sum(weight.numel() for weight in prunable_weights(model).values())
+    for _ in range(repeats):
+        for engine, function in (("ours", select_by_magnitude), ("torch", select_by_torch)):
+            fresh = copy.deepcopy(model)
+            seconds, extra, masks = with_peak_memory(partial(function, fresh, sparsity))
+            dropped = total - sum(int(mask.sum()) for mask in masks.values())
+            rows.append({"engine": engine, "seconds": seconds, "extra_bytes": extra, "dropped": dropped})
+            del fresh, masks
+    table = pd.DataFrame(rows).groupby("engine").median().reset_index()
+    return table.assign(shape=shape, weights=total, times_ours=table["seconds"] / table["seconds"].iloc[0])
+
+
 # --- the command line ---
 
 
@@ -225,9 +288,16 @@ def machine(options) -> Iterator[tuple[str, pd.DataFrame]]:
     yield "this machine", pd.DataFrame([machine_limits()])
 
 
+def selection(options) -> Iterator[tuple[str, pd.DataFrame]]:
+    """A title and a table for each sparsity of each shape."""
+    for shape in options.shapes:
+        for sparsity in options.sparsities or (0.9,):
+            yield f"{shape}, {sparsity:.0%} of the block weights", compare_selection(shape, sparsity, options.repeats)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m nbhelpers.benchmark", description=__doc__.split("\n\n")[0])
-    commands = {"layers": layers, "models": models, "machine": machine}
+    commands = {"layers": layers, "models": models, "machine": machine, "selection": selection}
     parser.add_argument("what", choices=list(commands))
     parser.add_argument("--shapes", nargs="+", choices=list(LAYERS), default=list(LAYERS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=None)

@@ -1,6 +1,7 @@
 """What the benchmarks compute; never how fast this machine is."""
 
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -51,6 +52,7 @@ def test_the_machines_limits_are_positive_numbers():
     limits = benchmark.machine_limits()
     assert set(limits) == {"dense_gflops", "memory_gbs", "cache_gbs"}
     assert all(value > 0 for value in limits.values())
+    assert torch.get_num_threads() == 1, "as conftest.py has set it: numba has not changed torch's number of threads"
 
 
 def test_a_random_model_has_the_sparsity_it_was_asked_for_in_every_matrix(monkeypatch):
@@ -66,3 +68,25 @@ def test_whole_models_are_compared_on_equal_terms(monkeypatch, capsys):
     assert table["model"].tolist() == ["dense", "dense, packed", "sparse", "torch_csr"]
     assert table["speedup"][0] == 1
     assert "pip install onnxruntime" in capsys.readouterr().out
+
+
+def test_both_ways_of_selecting_drop_the_same_number_of_the_same_weights(monkeypatch):
+    tiny = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 20, "n_positions": 16}
+    monkeypatch.setitem(benchmark.MODELS, "mini", tiny)
+    model = benchmark.random_gpt2("mini", 0.0)
+    ours, theirs = benchmark.select_by_magnitude(model, 0.7), benchmark.select_by_torch(model, 0.7)
+    assert all(torch.equal(ours[name], theirs[name].bool()) for name in ours)
+    table = benchmark.compare_selection("mini", 0.7, 2).set_index("engine")
+    assert (table["dropped"] == round(0.7 * table["weights"].iloc[0])).all()
+    assert (table["extra_bytes"] >= 0).all() and table.loc["ours", "times_ours"] == 1
+
+
+def test_peak_memory_of_a_call_is_seen_also_when_it_was_freed_again():
+    def spike():
+        block = np.ones(12_500_000)  # 100 MB
+        time.sleep(0.05)
+        return len(block)
+
+    seconds, extra, size = benchmark.with_peak_memory(spike)
+    assert size == 12_500_000 and seconds >= 0.05
+    assert 90e6 < extra < 200e6

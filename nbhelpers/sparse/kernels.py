@@ -343,6 +343,7 @@ def multiply(x: torch.Tensor, matrix: tuple[torch.Tensor, ...], inner: tuple[tor
         layers = [tuple(t.numpy() for t in layer) for layer in (matrix, inner)]
         numba.set_num_threads(min(workers, numba.config.NUMBA_NUM_THREADS))
         multiply_with_numba_threads(workers, (0,) * vectors, (tokens, n_in, hidden, n_out), counters, *arrays, *layers)
+        torch.set_num_threads(threads)  # numba and torch may share OpenMP, and then this number too
         return y
     tensors = (scratch, x, y, *matrix, *inner)
     job = np.array([sizes.ctypes.data, counters.ctypes.data, *(t.data_ptr() for t in tensors)])

@@ -37,7 +37,7 @@ def save_sparse(model: SparseGPT2ForSequenceClassification, folder: str | Path) 
         layer = model.get_submodule(name)
         tensors |= {f"{name}.{part}": tensor for part, tensor in pack_layer(layer).items()}
         backends[name] = layer.backend
-    save_file(tensors, folder / FILE, metadata={"format": "pt", "backends": json.dumps(backends)})
+    save_file(tensors, folder / FILE, metadata={"backends": json.dumps(backends)})
     model.config.save_pretrained(folder)
     return folder
 
