@@ -67,7 +67,7 @@ def read_hub(repository: str, revision: str) -> pd.DataFrame:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A csv or parquet file with columns text and label."""
+    """A csv or parquet file with columns text and label, and stars where it has them."""
     try:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except (OSError, ValueError) as error:
@@ -83,21 +83,25 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def read_folder(folder: Path) -> pd.DataFrame:
-    """A folder laid out as aclImdb (train/pos/0_9.txt ...) or holding train and test files as csv or parquet."""
+    """A folder laid out as aclImdb (train/pos/0_9.txt ...) or holding train and test files as csv or parquet.
+
+    Columns: text, label, split, stars (aclImdb's files are named number_stars; NaN where a name does not tell).
+    """
     rows = []
     for file in folder.glob("**/*.txt"):
         part = file.relative_to(folder).parts
         if len(part) >= 2 and part[-2] in ("pos", "neg"):
-            number = re.match(r"\d+", file.stem)
+            number, stars = re.match(r"(\d*)(?:_(10|[1-9])$)?", file.stem).groups()
             split = part[-3] if len(part) >= 3 else "train"
-            rows.append((split, part[-2], int(number[0]) if number else 0, file))
+            rows.append((split, part[-2], int(number or 0), file, int(stars) if stars else math.nan))
     if rows:
         # In the order of their numbers neighbours are reviews of one film; the cuts below rely on that.
         # Other folders (aclImdb's train/unsup aside) are not guessed at.
         rows = [row for row in sorted(rows) if row[0] in ("train", "test")]
     if rows:
-        texts = [file.read_text(encoding="utf-8", errors="replace") for *_, file in rows]
-        return pd.DataFrame({"text": texts, "label": [r[1] for r in rows], "split": [r[0] for r in rows]})
+        splits, labels, _, files, stars = zip(*rows, strict=True)
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+        return pd.DataFrame({"text": texts, "label": labels, "split": splits, "stars": stars})
     tables = []
     for file in sorted([*folder.glob("**/*.parquet"), *folder.glob("**/*.csv")]):
         split = next((s for s in ("test", "train") if file.name.startswith(s)), None)
@@ -111,9 +115,16 @@ def read_folder(folder: Path) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def read_labelled(profile: Profile) -> pd.DataFrame:
-    """All labelled reviews of a profile's data, cleaned: text, label (0, 1), and split where the source has one.
+def whole_stars(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with its column stars as int, or without it where a rating is missing or is no whole number."""
+    stars = pd.to_numeric(table["stars"], errors="coerce")
+    return table.assign(stars=stars.astype(int)) if (stars % 1 == 0).all() else table.drop(columns="stars")
 
+
+def read_labelled(profile: Profile) -> pd.DataFrame:
+    """All labelled reviews of a profile's data, cleaned: text, label (0, 1), and what else the source has.
+
+    That is split, where the source has its own, and stars (int), where it tells them of every review.
     Raises ``DataError`` when there are none, when a label is not understood, or when one class is missing.
     """
     path = Path(profile.data).expanduser()
@@ -135,7 +146,7 @@ def read_labelled(profile: Profile) -> pd.DataFrame:
     table = table[table["text"] != ""].reset_index(drop=True)
     if table["label"].nunique() < 2:
         raise DataError(f"data {profile.data!r} has {len(table)} reviews of one class only: both are needed")
-    return table
+    return whole_stars(table) if "stars" in table else table
 
 
 def check_data(profile: Profile) -> None:
@@ -168,7 +179,7 @@ def drop_seen(table: pd.DataFrame, *others: pd.DataFrame) -> pd.DataFrame:
 
 
 def load_reviews(profile: Profile, seed: int = 0) -> DatasetDict:
-    """Train, validation and test reviews: columns text, label (0 negative, 1 positive).
+    """Train, validation and test reviews: columns text, label (0 negative, 1 positive), and stars where all are known.
 
     Validation and test are contiguous blocks of each class, the same for every seed, so that one film's reviews stay
     on one side; no text stands in two splits. The source's own test part is the test where it has one. The seed draws
@@ -199,9 +210,11 @@ def load_reviews(profile: Profile, seed: int = 0) -> DatasetDict:
     for name, part in zip(SPLITS, (train, validation, test), strict=True):
         if part["label"].nunique() < 2:
             raise DataError(f"the {name} split has {len(part)} reviews of one class only: set its size higher")
-    features = Features({"text": Value("string"), "label": Value("int64")})
+    columns = {"text": Value("string"), "label": Value("int64")}
+    if "stars" in table:
+        columns["stars"] = Value("int64")
     parts = {
-        name: Dataset.from_pandas(part[["text", "label"]], features=features, preserve_index=False)
+        name: Dataset.from_pandas(part[list(columns)], features=Features(columns), preserve_index=False)
         for name, part in zip(SPLITS, (train, validation, test), strict=True)
     }
     return DatasetDict(parts)

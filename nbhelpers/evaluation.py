@@ -2,36 +2,14 @@
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 
-from nbhelpers.data import IMDbDataset, evaluation_batches
+from nbhelpers.data import IMDbDataset
+from nbhelpers.models import predict_logits
 
 RESAMPLES = 2000
-
-
-@torch.inference_mode()
-def predict_logits(model: nn.Module, rows: list[list[int]], batch_size: int = 32) -> np.ndarray:
-    """Logits [n, classes] of token id lists, float32, in the order given.
-
-    Computed from short to long, so that hardly any padding is; no mask is passed, since padding stands on the right
-    and attention looks to the left.
-    """
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    model.eval()
-    logits = None
-    for indices, ids in evaluation_batches(rows, batch_size, model.config.pad_token_id):
-        out = model(input_ids=ids.to(device)).logits.float().cpu().numpy()
-        if logits is None:
-            logits = np.empty((len(rows), out.shape[1]), dtype=np.float32)
-        logits[indices] = out
-    if logits is None:
-        raise ValueError("there are no reviews to predict")
-    if not np.isfinite(logits).all():
-        raise FloatingPointError("the model's logits are not finite")
-    return logits
 
 
 def evaluate_accuracy(model: nn.Module, data: IMDbDataset, batch_size: int = 32) -> float:
@@ -80,22 +58,61 @@ def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def paired_difference(correct_a: np.ndarray, correct_b: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Accuracy of a minus accuracy of b on the same reviews: difference, low, high, p_value, n.
+def sign_flip_test(sums: np.ndarray) -> float:
+    """Exact two-sided p-value that paired differences are as likely one way as the other (Fisher, 1935).
 
-    95 % percentile bootstrap over reviews; the p-value is McNemar's.
+    sums: whole numbers [n], for each review over how many seeds more one model is right than the other. Under the null
+    hypothesis each has either sign with probability 1/2; the distribution of their total is computed, not sampled.
+    With one seed this is McNemar's exact test.
     """
-    change = correct_a.astype(float) - correct_b.astype(float)
-    rows = np.random.default_rng(seed).integers(len(change), size=(RESAMPLES, len(change)))
-    low, high = np.percentile(change[rows].mean(1), [2.5, 97.5])
-    p_value = mcnemar(correct_a, correct_b)
+    sizes = np.abs(np.asarray(sums, dtype=int))
+    total = abs(int(np.sum(sums)))
+    chances, reach = np.ones(1), 0
+    for size in sizes[sizes > 0]:
+        # What is at index i is the probability of the total i - reach.
+        grown = np.zeros(2 * (reach + size) + 1)
+        grown[: len(chances)] += chances / 2
+        grown[2 * size :] += chances / 2
+        chances, reach = grown, reach + size
+    totals = np.arange(-reach, reach + 1)
+    return min(1.0, float(chances[np.abs(totals) >= total].sum()))
+
+
+def paired_difference(correct_a: np.ndarray, correct_b: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """Accuracy of a minus accuracy of b on the same reviews: difference, low, high, p_value, n, seeds, spread.
+
+    Arrays [n], or [seeds, n] where models were trained from several seeds; of these the mean counts. 95 % percentile
+    bootstrap over reviews and over seeds; the p-value is that of ``sign_flip_test`` on the reviews; spread is the
+    standard deviation over seeds, 0 for one.
+    """
+    a, b = np.atleast_2d(correct_a), np.atleast_2d(correct_b)
+    seeds = min(len(a), len(b))
+    change = a[:seeds].astype(int) - b[:seeds].astype(int)
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(change.shape[1], size=(RESAMPLES, change.shape[1]))
+    drawn = rng.integers(seeds, size=(seeds, RESAMPLES))
+    means = np.stack([one[rows].mean(1) for one in change.astype(float)])
+    low, high = np.percentile(means[drawn, np.arange(RESAMPLES)].mean(0), [2.5, 97.5])
     return {
         "difference": float(change.mean()),
         "low": float(low),
         "high": float(high),
-        "p_value": p_value,
-        "n": len(change),
+        "p_value": sign_flip_test(change.sum(0)),
+        "n": change.shape[1],
+        "seeds": seeds,
+        "spread": float(change.mean(1).std(ddof=1)) if seeds > 1 else 0.0,
     }
+
+
+def over_seeds(correct: np.ndarray) -> dict[str, float]:
+    """Mean accuracy over seeds of a bool array [n] or [seeds, n]: accuracy, accuracy_low, accuracy_high, seeds.
+
+    low and high are the lowest and the highest seed; with one seed, Wilson's interval over the reviews.
+    """
+    correct = np.atleast_2d(correct)
+    each = correct.mean(1)
+    low, high = wilson_interval(correct[0]) if len(correct) == 1 else (float(each.min()), float(each.max()))
+    return {"accuracy": float(each.mean()), "accuracy_low": low, "accuracy_high": high, "seeds": len(correct)}
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -108,16 +125,21 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def significance_table(correct: dict[str, np.ndarray], against: str) -> pd.DataFrame:
-    """Each model against one of them on the same reviews, p-values adjusted by Holm's method.
+def significance_table(correct: dict[str, np.ndarray], pairs: list[tuple[str, str]]) -> pd.DataFrame:
+    """The first model of each pair against the second on the same reviews, p-values adjusted by Holm's method.
 
-    correct: {model: bool array [n]}. Columns: comparison, metric, difference, low, high, p_value, p_adjusted, n, seeds.
+    correct: {model: bool array [n] or [seeds, n]}; of two models that differ in seeds, the seeds that both have count.
+    Columns: comparison, metric, difference, low, high, p_value, p_adjusted, n, seeds, spread (over seeds).
     """
     rows = [
-        {"comparison": f"{name} - {against}", "metric": "accuracy", **paired_difference(c, correct[against])}
-        for name, c in correct.items()
-        if name != against
+        {"comparison": f"{a} - {b}", "metric": "accuracy", **paired_difference(correct[a], correct[b])}
+        for a, b in pairs
     ]
     table = pd.DataFrame(rows)
     table.insert(6, "p_adjusted", holm(table["p_value"]))
-    return table.assign(seeds=1)
+    return table
+
+
+def against(correct: dict[str, np.ndarray], line: str) -> list[tuple[str, str]]:
+    """The pairs of every other model with one of them, for ``significance_table``."""
+    return [(name, line) for name in correct if name != line]

@@ -1,40 +1,79 @@
 """Scores -> masks -> a model that stays pruned. A mask is True where a weight is kept."""
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import nn
 
-from nbhelpers.criteria import flag_below, merge_scores
+try:
+    from numba import njit
+except ImportError:
+    warnings.warn("numba is missing: masks are selected by plain Python loops, a hundred times slower", stacklevel=2)
+
+    def njit(**options):
+        return lambda function: function
+
+
+from nbhelpers.criteria import CRITERIA, flag_below, merge_scores
 from nbhelpers.models import Structures, prunable_weights
+from nbhelpers.statistics import GradientMagnitude
 
 Tensors = dict[str, torch.Tensor]
 
 
-def ordered_bits(score: torch.Tensor) -> np.ndarray:
-    """Unsigned integers that order exactly like the scores, flattened: 64 bits for float64, else 32."""
-    kind, sign = (np.uint64, 63) if score.dtype == torch.float64 else (np.uint32, 31)
-    values = score.detach().flatten() if kind is np.uint64 else score.detach().float().flatten()
-    # Adding zero turns -0.0 into 0.0, which is its equal but has other bits.
-    bits = (values + 0.0).cpu().numpy().view(kind)
-    return np.where(bits >> kind(sign), ~bits, bits | kind(1 << sign))
+def raw_bits(score: torch.Tensor) -> tuple[np.ndarray, int]:
+    """The bits of the scores as unsigned integers, flattened, without a copy where possible; and their number of bits.
+
+    64 for float64; anything else counts as float32.
+    """
+    if score.dtype == torch.float64:
+        return score.detach().flatten().cpu().numpy().view(np.uint64), 64
+    return score.detach().float().flatten().cpu().numpy().view(np.uint32), 32
+
+
+@njit(cache=True, inline="always")
+def in_order(bits, width):
+    """Bits of a float as an integer that orders as the float does: negative ones turned round, below all others."""
+    sign = np.uint64(1) << np.uint64(width - 1)
+    bits = np.uint64(bits)
+    if bits == sign:
+        bits = np.uint64(0)  # -0.0 is the equal of 0.0
+    return (~bits) & (sign | (sign - np.uint64(1))) if bits & sign else bits | sign
+
+
+@njit(cache=True)
+def count_digits(bits, width, shift, prefix, counts):
+    """Count the 16 bits above ``shift`` of each ordered integer whose higher bits are ``prefix``."""
+    for i in range(bits.size):
+        upper = in_order(bits[i], width) >> np.uint64(shift)
+        if upper >> np.uint64(16) == prefix:
+            counts[upper & np.uint64(0xFFFF)] += 1
+
+
+@njit(cache=True)
+def keep_above(bits, width, threshold, ties, kept):
+    """Mark what lies above the threshold; of its equals the first ``ties`` are dropped. Returns the ties left over."""
+    for i in range(bits.size):
+        value = in_order(bits[i], width)
+        tie = value == threshold and ties > 0
+        ties -= tie
+        kept[i] = value >= threshold and not tie
+    return ties
 
 
 def kth_smallest_bits(scores: list[torch.Tensor], k: int) -> tuple[int, int]:
-    """The k-th smallest score (k from 1) as ordered bits, and how many of its equals belong to the k smallest.
+    """The k-th smallest score (k from 1) as an ordered integer, and how many of its equals are among the k smallest.
 
     Histograms of 16 bits at a time, from the top, of the scores that share the bits found so far; tensor by tensor:
-    nothing is sorted or concatenated, and the extra memory is that of one tensor.
+    nothing is sorted, copied or concatenated, and the extra memory is one histogram, half a megabyte.
     """
-    before, prefix = 0, 0
-    wide = scores[0].dtype == torch.float64
-    for shift in (48, 32, 16, 0) if wide else (16, 0):
+    before, prefix, width = 0, 0, raw_bits(scores[0])[1]
+    for shift in range(width - 16, -1, -16):
         counts = np.zeros(1 << 16, dtype=np.int64)
         for score in scores:
-            # The upper part is compared as one number; its lowest 16 bits are those counted now.
-            upper = ordered_bits(score) >> shift
-            counts += np.bincount((upper[upper >> 16 == prefix] & 0xFFFF).astype(np.int64), minlength=1 << 16)
+            count_digits(raw_bits(score)[0], width, shift, np.uint64(prefix), counts)
         cumulative = before + counts.cumsum()
         found = int(np.searchsorted(cumulative, k))
         before = int(cumulative[found] - counts[found])
@@ -51,12 +90,9 @@ def select_lowest(scores: Tensors, k: int) -> Tensors:
     threshold, ties = kth_smallest_bits(list(scores.values()), k)
     masks = {}
     for name, score in scores.items():
-        bits = ordered_bits(score)
-        dropped = bits < threshold
-        equal = np.flatnonzero(bits == threshold)[:ties]
-        dropped[equal] = True
-        ties -= len(equal)
-        masks[name] = torch.from_numpy(~dropped).view(score.shape)
+        masks[name] = torch.empty(score.shape, dtype=torch.bool)
+        bits, width = raw_bits(score)
+        ties = keep_above(bits, width, np.uint64(threshold), ties, masks[name].view(-1).numpy())
     return masks
 
 
@@ -205,3 +241,60 @@ def apply_masks(model: nn.Module, masks: Tensors) -> nn.Module:
     """Zero the dropped weights of a model in place and hand it back."""
     MaskKeeper(model, masks)
     return model
+
+
+def pack(masks: Tensors) -> torch.Tensor:
+    """Masks as one uint8 tensor, eight weights a byte, 1 = dropped; every matrix begins with a new byte."""
+    return torch.from_numpy(np.concatenate([np.packbits(~mask.cpu().numpy()) for mask in masks.values()]))
+
+
+def unpack(bits: torch.Tensor, weights: Tensors) -> Tensors:
+    """The masks that ``pack`` packed; weights: any tensors with their names and shapes, in their order."""
+    parts = bits.split([-(-weight.numel() // 8) for weight in weights.values()])
+    masks = {}
+    for (name, weight), part in zip(weights.items(), parts, strict=True):
+        dropped = np.unpackbits(part.numpy(), count=weight.numel()).astype(bool)
+        masks[name] = torch.from_numpy(~dropped).view(weight.shape)
+    return masks
+
+
+class FlaggedSets:
+    """Observer: the weights that each criterion would drop after 0, 1, 2, 4, 8, ... optimizer steps.
+
+    Stands before the ``GradientMagnitude`` whose sums it reads: when a backward pass ends, the weights are those after
+    the step before, and so are then the gradients. Raises ``RuntimeError`` in another place. A criterion whose scores
+    are all zero has no verdict yet and is left out: movement and gradient after 0 steps.
+    Extra memory: a copy of the prunable weights, three bits a weight for each record, and while one is made the scores
+    of one criterion and the mean gradient.
+    """
+
+    def __init__(self, gradients: GradientMagnitude, sparsity: float):
+        self.gradients, self.sparsity, self.steps, self.sets = gradients, sparsity, 0, {}
+        self.start = {name: weight.detach().clone() for name, weight in gradients.weights.items()}
+
+    def after_backward(self) -> None:
+        """Keep what the criteria flag now if the steps made so far are 0 or a power of two."""
+        if self.steps & (self.steps - 1) == 0:
+            self.record()
+        self.steps += 1
+
+    @torch.no_grad()
+    def record(self) -> None:
+        """Keep what each criterion flags now, as "<steps>/<criterion>"."""
+        if self.gradients.steps != self.steps:
+            raise RuntimeError("pass train() these observers in this order: FlaggedSets, its GradientMagnitude")
+        gradients = self.gradients.mean() if self.steps else self.gradients.sums
+        statistics = {"pretrained": self.start, "mean_abs_gradient": gradients}
+        for criterion, score in CRITERIA.items():
+            scores = score(self.gradients.weights, statistics)
+            if any(values.any() for values in scores.values()):
+                self.sets[f"{self.steps}/{criterion}"] = pack(select(scores, self.sparsity))
+
+    def tensors(self) -> Tensors:
+        """{"<steps>/<criterion>": ``pack``ed set}, the last ones of the model as it is now: ask after ``train``.
+
+        Where ``train`` went back to the weights of its best validation, the last sets are those of these weights, with
+        the gradients of all steps, as the scores of a run are.
+        """
+        self.record()
+        return self.sets

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
@@ -19,6 +20,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from nbhelpers.data import evaluation_batches
 from nbhelpers.profiles import Profile
 from nbhelpers.workspace import sha256
 
@@ -185,6 +187,11 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def stored_in_out(model: nn.Module, name: str) -> bool:
+    """Whether a prunable weight is stored [in, out], as GPT-2's are, rather than [out, in]."""
+    return isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D)
+
+
 def position(name: str) -> tuple[int, str]:
     """Layer number and module of a prunable weight: ``transformer.h.3.mlp.c_fc.weight`` -> (3, "mlp.c_fc")."""
     match = BLOCK_WEIGHT.search(name)
@@ -234,3 +241,25 @@ def load_dense(folder: Path) -> PreTrainedModel:
 def save_dense(model: PreTrainedModel, folder: Path) -> None:
     """Write config and weights (safetensors) as ``from_pretrained`` reads them."""
     model.save_pretrained(folder)
+
+
+@torch.inference_mode()
+def predict_logits(model: nn.Module, rows: list[list[int]], batch_size: int = 32) -> np.ndarray:
+    """Logits [n, classes] of token id lists, float32, in the order given.
+
+    Computed from short to long, so that hardly any padding is; no mask is passed, since padding stands on the right
+    and attention looks to the left.
+    """
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    model.eval()
+    logits = None
+    for indices, ids in evaluation_batches(rows, batch_size, model.config.pad_token_id):
+        out = model(input_ids=ids.to(device)).logits.float().cpu().numpy()
+        if logits is None:
+            logits = np.empty((len(rows), out.shape[1]), dtype=np.float32)
+        logits[indices] = out
+    if logits is None:
+        raise ValueError("there are no reviews to predict")
+    if not np.isfinite(logits).all():
+        raise FloatingPointError("the model's logits are not finite")
+    return logits

@@ -2,6 +2,8 @@
 
 python -m nbhelpers.page index  [--profile P --seed N]      reports/<profile>/index.html
 python -m nbhelpers.page readme [--profile P --seed N]      README.md, between its two markers
+
+Without --profile, the page is that of quick; the README leads with thorough where its report has a finding.
 """
 
 import argparse
@@ -13,19 +15,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
+import mistune
 import pandas as pd
 from matplotlib import mathtext
 from matplotlib.font_manager import FontProperties
 from nbconvert import HTMLExporter
 
 from nbhelpers.profiles import ProfileError, get_profile
-from nbhelpers.stages import STAGES, Stage, in_order
+from nbhelpers.stages import STAGES, Stage, in_order, promised_files
 from nbhelpers.workspace import Run, WorkspaceError, open_run, write_text
 
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- generated:start -->", "<!-- generated:end -->"
 TITLE = "What can a language model live without?"
-README_FIGURES = ("06_accuracy_size", "06_accuracy_latency", "03_recovered")
+README_FIGURES = ("03_recovered", "06_rivals", "06_accuracy_latency")
 LEGEND = (
     "Accuracy with its 95 % interval. Active parameters are non-zero block weights plus all others; sparsity is a "
     "share of the block weights. Speed-up and p (McNemar's exact test) are against the fine-tuned dense model."
@@ -67,32 +70,56 @@ COLUMNS: list[tuple[str, tuple[str, ...], Callable]] = [
 ]
 
 
-def comparison_cells(run: Run) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the comparison as texts; none of either before notebook 06 has run."""
+# Of these, what a second table says.
+IN_SHORT = ("model", "accuracy", "sparsity", "file, MB", "speed-up", "p")
+
+
+def comparison_cells(run: Run, headings: tuple[str, ...] = ()) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the comparison as texts, of all columns or of some; none before notebook 06 has run."""
     if not (run.reports / "tables" / "comparison.csv").is_file():
         return [], []
     table = run.load_table("comparison")
-    columns = [(heading, cell) for heading, needs, cell in COLUMNS if set(needs) <= set(table.columns)]
+    wanted = [column for column in COLUMNS if not headings or column[0] in headings]
+    columns = [(heading, cell) for heading, needs, cell in wanted if set(needs) <= set(table.columns)]
     rows = [[cell(row) for _, cell in columns] for row in table.to_dict("records")]
     return [heading for heading, _ in columns], rows
 
 
+def against_counting(found: dict) -> str:
+    """How the fine-tuned model stands to TF-IDF, which it has to say also where it does not beat it."""
+    gap, p, over = found["against_tfidf"], p_value(found["against_tfidf"]["p_value"]), found["tfidf"]["seeds"]
+    span = f"{100 * gap['low']:+.1f} to {100 * gap['high']:+.1f}, p {p if p.startswith('<') else f'= {p}'}"
+    return (
+        f"TF-IDF with logistic regression, trained on the same reviews, gets {percent(found['tfidf']['accuracy'])}; "
+        f"against it the fine-tuned model is at {100 * gap['difference']:+.1f} points ({span}"
+        f"{f'; over {over} seeds' if over > 1 else ''})."
+    )
+
+
 def headline(results: dict) -> str:
-    """What the comparison found, in one or two sentences; empty before notebook 06 has run."""
+    """What the comparison found, in a few sentences; empty before notebook 06 has run."""
     found = results.get("comparison", {})
-    if not {"dense", "sparse", "student", "test_reviews"} <= found.keys():
+    if not {"dense", "sparse", "student", "test_reviews", "tfidf", "against_tfidf"} <= found.keys():
         return ""
     dense, sparse, student = found["dense"], found["sparse"], found["student"]
-    line = results.get("fine_tuning", {}).get("tfidf_accuracy")
-    # A model that does not beat a bag of words has to say so, here too.
-    counted = f" TF-IDF with logistic regression, trained on the same reviews, gets {percent(line)}." if line else ""
     return (
         f"On {found['test_reviews']:,} test reviews the fine-tuned model gets {interval(dense)} right. With "
         f"{percent(sparse['encoder_sparsity'], 0)} of its block weights removed, the sparse model gets "
         f"{interval(sparse)}, runs {sparse['speedup']:.1f} times as fast and takes {millions(sparse['file_bytes'])} MB "
         f"on disk instead of {millions(dense['file_bytes'])}. The best student gets {interval(student)} and runs "
-        f"{student['speedup']:.1f} times as fast.{counted}"
+        f"{student['speedup']:.1f} times as fast. {against_counting(found)}"
     )
+
+
+def finding(results: dict) -> str:
+    """The finding in Markdown; empty before notebook 06 has run."""
+    promised = [metric.removeprefix("finding.") for metric in STAGES["06_comparison"].metrics if "finding." in metric]
+    if not set(promised) <= results.get("finding", {}).keys():
+        return ""
+    # Here and not above: it brings all of transformers, which the pipeline's --list does not need.
+    from nbhelpers.comparison import finding_text
+
+    return finding_text(results["finding"])
 
 
 def cards(results: dict) -> list[tuple[str, str, str]]:
@@ -120,7 +147,7 @@ def cards(results: dict) -> list[tuple[str, str, str]]:
 
 def chapter(run: Run, stage: Stage, captions: dict[str, str]) -> dict:
     """What the page shows of a stage: its question, its notebook and its figures in the order of their captions."""
-    names = {path.stem for path in (run.reports / "figures").glob(f"{stage.number}_*.png")}
+    names = {path.stem for path in promised_files(run, stage) if path.suffix == ".png" and path.is_file()}
     order = [name for name in captions if name in names] + sorted(names - captions.keys())
     notebook = f"notebooks/{stage.name}.html"
     figures = [
@@ -174,6 +201,7 @@ def write_index(run: Run, stages: dict[str, Stage] | None = None) -> Path:
         seed=run.seed,
         headline=headline(results),
         cards=cards(results),
+        finding=mistune.create_markdown()(finding(results)),
         header=header,
         rows=rows,
         legend=LEGEND,
@@ -215,24 +243,48 @@ def notebook_html(notebook, title: str) -> str:
 # --- the README ---
 
 
+def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table in Markdown; all columns but the first are numbers."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def made_with(run: Run, results: dict) -> str:
+    seeds = f"seeds {run.seed} to {run.seed + run.profile.seeds - 1}" if run.profile.seeds > 1 else f"seed {run.seed}"
+    return f"profile `{run.profile.name}`, {seeds}, {results['run']['versions']['device']}"
+
+
 def readme_block(run: Run) -> str:
     """The generated part of the README. Raises ``WorkspaceError`` when the run lacks something that it shows."""
     header, rows = comparison_cells(run)
     results = run.results()
-    if not rows or not headline(results):
-        raise WorkspaceError(f"{run.reports} has no comparison: run notebook 06")
-    lines = [headline(results), ""]
+    if not rows or not headline(results) or not finding(results):
+        raise WorkspaceError(f"{run.reports} has no comparison or no finding: run notebook 06")
+    lines = [headline(results), "", "### The finding", "", finding(results), ""]
     for name in README_FIGURES:
         path = run.reports / "figures" / f"{name}.png"
         if not path.is_file():
             raise WorkspaceError(f"{path} is missing: run notebook {name[:2]}")
         caption = results.get("captions", {}).get(name, name.replace("_", " "))
         lines += [f"![{caption}](reports/{run.reports.name}/figures/{name}.png)", "", caption, ""]
-    lines += ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    machine = results["run"]["versions"]["device"]
-    lines += ["", f"{LEGEND} Profile `{run.profile.name}`, seed {run.seed}, {machine}."]
-    return "\n".join(lines)
+    lines += ["### Every model, side by side", "", *markdown_table(header, rows), ""]
+    lines.append(f"{LEGEND} Models of the first seed; {made_with(run, results)}.")
+    return "\n".join(lines + default_run(run))
+
+
+def default_run(leader: Run) -> list[str]:
+    """What the default run shows, in short, where another run leads and the default has been compared too."""
+    run = open_run(get_profile("quick"))
+    header, rows = comparison_cells(run, IN_SHORT)
+    if leader.profile.name == "quick" or not rows:
+        return []
+    about = f"The default run, {made_with(run, run.results())}, on your machine in minutes:"
+    return ["", "### The default run", "", about, "", *markdown_table(header, rows)]
+
+
+def leading_profile() -> str:
+    """The profile that the README leads with: thorough where its report has a finding, and otherwise quick."""
+    return "thorough" if finding(open_run(get_profile("thorough")).results()) else "quick"
 
 
 def write_readme(run: Run, path: Path = README) -> None:
@@ -247,11 +299,12 @@ def write_readme(run: Run, path: Path = README) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m nbhelpers.page", description="Write the report or the README.")
     parser.add_argument("what", choices=["index", "readme"])
-    parser.add_argument("--profile", default="quick")
+    parser.add_argument("--profile")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
-        run = open_run(get_profile(options.profile), options.seed)
+        profile = options.profile or (leading_profile() if options.what == "readme" else "quick")
+        run = open_run(get_profile(profile), options.seed)
         write_index(run) if options.what == "index" else write_readme(run)
     except (ProfileError, WorkspaceError) as error:
         sys.exit(f"error: {error}")

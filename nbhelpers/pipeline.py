@@ -1,6 +1,6 @@
 """Run the notebooks in order through papermill: skip what is up to date, check what each promises, stop when one fails.
 
-    python -m nbhelpers.pipeline --profile P --seed N --only 03 --from 03 --set field=value --force --list
+    python -m nbhelpers.pipeline --profile P --seed N --only 03 --from 03 --set field=value --jobs N --force --list
 
 Exit code: 0 when all is well, 1 when a notebook failed, 2 when it could not start, 130 after Ctrl-C.
 """
@@ -19,14 +19,16 @@ import psutil
 import torch
 
 from nbhelpers import execution, page, stages
-from nbhelpers.profiles import ProfileError, get_profile
+from nbhelpers.profiles import ProfileError, get_profile, overrides_of
 from nbhelpers.stages import NOTEBOOKS, STAGES, Stage
-from nbhelpers.workspace import Run, WorkspaceError, open_run, write_text
+from nbhelpers.workspace import Run, WorkspaceError, cores, open_run, write_text
 
 PARAMETERS = ("profile", "seed", "overrides")
 
 # TFLOP of a whole run of a profile as defined, and the minutes that do not depend on how fast products are.
-WORK = {"smoke": (0.0, 1.5), "quick": (70.0, 1.5), "thorough": (6_000.0, 5.0), "gpt2": (60_000.0, 20.0)}
+# thorough: about 500 for fine-tuning three seeds (37M tokens), 700 for 150 recoveries (56M), 500 for their answers on
+# validation and test (150M tokens, forward only), 100 for students; 8 MFLOP a token forward and backward.
+WORK = {"smoke": (0.0, 1.5), "quick": (70.0, 1.5), "thorough": (1_800.0, 15.0), "gpt2": (60_000.0, 20.0)}
 
 
 class PipelineError(Exception):
@@ -57,30 +59,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--from", dest="first", metavar="03", help="this notebook and all after it")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the profile; repeatable")
     add("--force", action="store_true", help="compute again what is up to date")
-    add("--jobs", type=int, default=1, metavar="N", help="1: more come with grids of several seeds")
+    add("--jobs", type=int, default=1, metavar="N", help="compute what is heavy in N processes first (default 1: no)")
     add("--list", action="store_true", help="say what is fresh, stale or missing, and run nothing")
+    add("--grid", action="store_true", help="with --list: a command for each heavy computation, for a cluster's queue")
     options = parser.parse_args(arguments)
-    if options.jobs != 1:
-        raise PipelineError(f"--jobs {options.jobs}: this version runs one job; more come with grids of several seeds")
-    if options.only and options.first:
-        raise PipelineError("--only and --from exclude each other")
     options.force = options.force or bool(os.environ.get("NBHELPERS_FORCE"))
+    check_options(options)
     return options
 
 
-def overrides_of(pairs: list[str]) -> dict[str, str]:
-    """``["epochs=2"]`` as a dict; paths become absolute, since the notebooks run in another folder."""
-    found = {}
-    for pair in pairs:
-        field, equals, value = pair.partition("=")
-        if not equals or not field:
-            raise ProfileError(f"{pair!r} is not an override: write --set field=value")
-        # A name that stands for something built in is not a path, even where a folder is called so.
-        if field in ("data", "model") and value not in ("mini", "tiny", "movie-reviews"):
-            path = Path(value).expanduser()
-            value = str(path.resolve()) if value and path.exists() else value
-        found[field] = value
-    return found
+def check_options(options: argparse.Namespace) -> None:
+    """Raise ``PipelineError`` for options that do not go together."""
+    if options.jobs < 1:
+        raise PipelineError(f"--jobs is {options.jobs}: it takes a whole number of at least 1")
+    if options.only and options.first:
+        raise PipelineError("--only and --from exclude each other")
+    if options.grid and not options.list:
+        raise PipelineError("--grid goes with --list; to compute the grid here, give --jobs")
+    if options.force and options.jobs > 1:
+        # What one process builds anew, the next would find and build anew.
+        folder = f".artifacts/{options.profile}/"
+        raise PipelineError(f"--force and --jobs exclude each other: delete what is to be computed again in {folder}")
 
 
 def chosen(options: argparse.Namespace, known: dict[str, Stage]) -> list[Stage]:
@@ -97,6 +96,11 @@ def chosen(options: argparse.Namespace, known: dict[str, Stage]) -> list[Stage]:
     return [stage for stage in ordered if not wanted or stage.number in wanted or stage.name in wanted]
 
 
+def selection(options: argparse.Namespace) -> list[str]:
+    """The options that choose notebooks, as they were given."""
+    return ["--only", ",".join(options.only)] * bool(options.only) + ["--from", options.first] * bool(options.first)
+
+
 def go_on(options: argparse.Namespace, stage: Stage, selected: list[Stage]) -> str:
     """How to call the pipeline to go on with a stage that did not end."""
     rest = [other.number for other in selected[selected.index(stage) :]]
@@ -110,6 +114,7 @@ def command(options: argparse.Namespace, *more: str) -> str:
     words += ["--seed", str(options.seed)] if options.seed else []
     words += [word for pair in options.set for word in ("--set", pair)]
     words += ["--force"] if options.force else []
+    words += ["--jobs", str(options.jobs)] if options.jobs > 1 else []
     return shlex.join([*words, *more])
 
 
@@ -174,9 +179,8 @@ def describe_machine(profile: str) -> str:
     work, fixed = WORK.get(profile, (0.0, 0.0))
     minutes = fixed + work * 1e3 / speed / 60
     took = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return (
-        f"machine: {cores} cores, {memory:.0f} GiB of memory, {speed:,.0f} GFLOP/s in fp32 products; "
+        f"machine: {cores()} cores, {memory:.0f} GiB of memory, {speed:,.0f} GFLOP/s in fp32 products; "
         f"all notebooks of profile {profile} as defined take about {took} here"
     )
 
@@ -214,6 +218,28 @@ def run_stage(run: Run, stage: Stage, notebooks: Path, known: dict[str, Stage], 
     return f"{minutes:5.1f} min   {stages.count_written(run, started)}"
 
 
+# --- the grid ---
+
+
+def compute_cells(run: Run, options: argparse.Namespace, due: list[Stage]) -> None:
+    """Compute the cells of the notebooks that are about to run, ``--jobs`` at a time, so that these find them."""
+    # Here and not above: it brings all of transformers, which --list does not need.
+    from nbhelpers import grid
+
+    numbers = [stage.number for stage in due]
+    count = sum(map(len, grid.phases(run, numbers)))
+    if not count:
+        return
+    print(f"{count} heavy computations first, {options.jobs} at a time; the notebooks then find them", flush=True)
+    again = f"go on with: {command(options, *selection(options))}"
+    try:
+        grid.run_grid(run, options.jobs, numbers)
+    except KeyboardInterrupt:
+        raise PipelineError(f"interrupted before the first notebook; {again}", code=130) from None
+    except grid.GridError as error:
+        raise PipelineError(f"{error}\n{again}", code=1) from error
+
+
 # --- all of them ---
 
 
@@ -228,6 +254,11 @@ def run_chain(options: argparse.Namespace, notebooks: Path, known: dict[str, Sta
     profile = get_profile(options.profile, **overrides_of(options.set))
     run = open_run(profile, options.seed)
     selected = chosen(options, known)
+    if options.grid:
+        from nbhelpers.grid import print_commands
+
+        print_commands(run, overrides_of(options.set))
+        return
     check_notebooks(selected, notebooks)
     if options.list:
         for stage in selected:
@@ -240,6 +271,8 @@ def run_chain(options: argparse.Namespace, notebooks: Path, known: dict[str, Sta
     preflight(run)
     print(describe_machine(profile.name), flush=True)
     started = time.time()
+    if options.jobs > 1:
+        compute_cells(run, options, [s for s in selected if stages.state(run, s, notebooks, known) != "fresh"])
     for stage in selected:
         if not options.force and stages.state(run, stage, notebooks, known) == "fresh":
             print(f"{stage.name:22} up to date", flush=True)

@@ -28,7 +28,8 @@ COLORS = {
     "taylor": "#882255",
     "fisher": "#332288",
     "wanda": "#117733",
-    "movement_first_order": "#DDAA33",
+    "movement_first_order": "#999933",
+    "sparsegpt": "#44AA99",
     "torch_csr": "#661100",
 }
 MARKERS = {"pruned": "o", "recovered": "s", "dense": "D", "sparse": "^", "compact": "P", "student": "v"}
@@ -248,23 +249,22 @@ def lines(
 
 
 def accuracy_curves(curves: pd.DataFrame, dense: float, control: float | None = None) -> Figure:
-    """Accuracy against sparsity, one panel a stage (pruned, recovered), one line a criterion with its interval."""
+    """Accuracy against sparsity, one panel a stage (pruned, recovered), one line a criterion.
+
+    With several seeds the line is their mean and the band goes from the lowest to the highest; with one it is Wilson's
+    interval.
+    """
     stages = list(dict.fromkeys(curves["stage"]))
     figure, row = axes(len(stages), width=max(7.4, 4.8 * len(stages)), height=4, sharey=True)
     for ax, stage in zip(row, stages, strict=True):
-        for criterion, part in (
-            curves[curves["stage"] == stage].sort_values("sparsity").groupby("criterion", sort=False)
-        ):
-            ax.plot(
-                part["sparsity"],
-                part["accuracy"],
-                marker=MARKERS[stage],
-                color=color(criterion),
-                label=label(criterion),
-            )
-            ax.fill_between(
-                part["sparsity"], part["accuracy_low"], part["accuracy_high"], color=color(criterion), alpha=0.1
-            )
+        for criterion, part in curves[curves["stage"] == stage].groupby("criterion", sort=False):
+            one = part["seed"].nunique() == 1
+            low, high = ("accuracy_low", "accuracy_high") if one else ("accuracy", "accuracy")
+            by_sparsity = part.groupby("sparsity")
+            mean = by_sparsity["accuracy"].mean()
+            shade = color(criterion)
+            ax.plot(mean.index, mean, marker=MARKERS[stage], color=shade, label=label(criterion))
+            ax.fill_between(mean.index, by_sparsity[low].min(), by_sparsity[high].max(), color=shade, alpha=0.12)
         ax.axhline(dense, color=COLORS["dense"], linestyle="--")
         note(ax, 0.02, dense, "dense")
         if stage == "recovered" and control is not None:
@@ -300,7 +300,8 @@ def grouped_bars(table: pd.DataFrame, x: str, y: str, hue: str, title: str, ylab
         if f"{y}_low" in part:
             error = np.abs(np.stack([part[y] - part[f"{y}_low"], part[f"{y}_high"] - part[y]]))
         ax.bar(places, part[y], 0.8 / len(hues), yerr=error, capsize=2, label=label(str(name)))
-    ax.set_xticks(range(len(groups)), [label(str(group)) for group in groups])
+    many = {"rotation": 30, "ha": "right"} if len(groups) > 5 else {}
+    ax.set_xticks(range(len(groups)), [label(str(group)) for group in groups], **many)
     if log:
         ax.set_yscale("log")
     ax.set(title=title, ylabel=ylabel)
@@ -411,3 +412,195 @@ def compare_and_visualize(comparison: pd.DataFrame) -> dict[str, Figure]:
         "accuracy_latency": tradeoff(table, "latency_ms", "milliseconds a batch", "Accuracy against latency"),
         "cost": figure,
     }
+
+
+def overlap_over_seeds(table: pd.DataFrame) -> Figure:
+    """Overlap of the sets that runs with other seeds drop: a dot a pair of seeds, and both chance levels a criterion.
+
+    table: of ``stability.stability_over_seeds``, with a column criterion. Raises ``ValueError`` when it has no pairs.
+    """
+    if table.empty:
+        raise ValueError("there is no pair of seeds to compare: make runs with at least two seeds first")
+    names = list(dict.fromkeys(table["criterion"]))
+    figure, (ax,) = axes(width=2.5 + 1.2 * len(names), height=3.8)
+    for i, name in enumerate(names):
+        part = table[table["criterion"] == name]
+        ax.plot(i + np.linspace(-0.15, 0.15, len(part) + 2)[1:-1], part["overlap"], "o", color=color(name))
+        for level, style in (("chance_by_layer", "-"), ("chance", ":")):
+            ax.plot([i - 0.3, i + 0.3], [part[level].mean()] * 2, style, color=COLORS["baseline"], linewidth=2)
+    for style, text in (("o", "a pair of seeds"), ("-", "chance, matrix by matrix"), (":", "chance over all weights")):
+        ax.plot([], [], style, color=COLORS["dense" if style == "o" else "baseline"], linewidth=2, label=text)
+    ax.set_xticks(range(len(names)), [label(name) for name in names])
+    ax.set(xlim=(-0.6, len(names) - 0.4), ylabel="share dropped by the other seed too")
+    ax.set_title("Do other seeds drop the same weights?")
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def overlap_along_training(table: pd.DataFrame) -> Figure:
+    """Overlap with the set flagged in the end against optimizer steps: a line a criterion, its chance level dotted.
+
+    table: of ``stability.along_training``. The axis is logarithmic from step 1 on; step 0 stands beside it.
+    """
+    figure = lines(
+        table,
+        "step",
+        "overlap",
+        "criterion",
+        "How early is it known which weights can go?",
+        "optimizer steps",
+        "share that is flagged in the end too",
+    )
+    ax = figure.axes[0]
+    for name, part in table.sort_values("step").groupby("criterion", sort=False):
+        ax.plot(part["step"], part["chance_by_layer"], ":", color=color(name), linewidth=1.2)
+    ax.plot([], [], ":", color=COLORS["baseline"], label="chance, matrix by matrix")
+    ax.axhline(table["chance"].mean(), linestyle="--", color=COLORS["baseline"], zorder=0, label="chance")
+    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set_xscale("symlog", base=2, linthresh=1)
+    # The last step is no power of two: without a label too near to its own.
+    last = table["step"].max()
+    steps = [step for step in sorted(table["step"].unique()) if step == last or 1.6 * step < last]
+    ax.set_xticks(steps, [str(step) for step in steps])
+    ax.set_xlim(-0.3, None)
+    ax.minorticks_off()
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return figure
+
+
+def dropped_heads(shares: pd.DataFrame) -> Figure:
+    """Share of each attention head that is dropped: heatmaps of layers and heads, one a criterion.
+
+    shares: of ``stability.structure_shares``, with a column criterion.
+    """
+    heads = shares[shares["kind"] == "head"]
+    tables = {
+        name: part.pivot(index="layer", columns="index", values="dropped")
+        for name, part in heads.groupby("criterion", sort=False)
+    }
+    figure = heatmaps(tables, "How much of each head is dropped", bar="share of weights dropped")
+    for ax in figure.axes[: len(tables)]:
+        ax.tick_params(axis="x", rotation=0)
+        ax.set_xlabel("head")
+    return figure
+
+
+def dropped_neurons(shares: pd.DataFrame) -> Figure:
+    """Share of each MLP neuron that is dropped, neurons sorted by it: a panel a criterion, a line a layer.
+
+    shares: of ``stability.structure_shares``, with a column criterion. A flat line means that all neurons lose alike.
+    """
+    neurons = shares[shares["kind"] == "neuron"]
+    panels = list(neurons.groupby("criterion", sort=False))
+    figure, row = axes(len(panels), width=3.4 * len(panels) + 0.6, height=3.6, sharey=True)
+    for ax, (name, part) in zip(row, panels, strict=True):
+        layers = list(part.groupby("layer"))
+        for (layer, values), shade in zip(layers, sns.color_palette("crest", len(layers)), strict=True):
+            place = np.linspace(0, 1, len(values))
+            ax.plot(place, np.sort(values["dropped"]), color=shade, label=f"layer {layer}")
+        ax.set_title(label(name), color=color(name))
+        ax.set(xlabel="neurons, sorted", ylabel="share of its weights dropped" if ax is row[0] else "")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    row[0].legend(fontsize="small")
+    figure.suptitle("How much of each neuron is dropped", x=0.01, ha="left", fontsize="medium")
+    return figure
+
+
+def sensitivity(table: pd.DataFrame, value: str, fmt: str = "+.3f") -> Figure:
+    """What pruning one matrix alone changes: heatmaps of layers and modules, one a sparsity.
+
+    table: of ``stability.sensitivity``; value: what its column value is, for instance "validation loss".
+    """
+    untouched = table.loc[table["layer"] == -1, "value"].item()
+    pruned = table[table["layer"] >= 0].assign(change=lambda rows: rows["value"] - untouched)
+    tables = {
+        f"{sparsity:.0%} of the matrix removed": part.pivot(index="layer", columns="module", values="change")
+        for sparsity, part in pruned.groupby("sparsity")
+    }
+    return heatmaps(tables, f"One matrix pruned, the others whole: change of {value}", fmt, f"change of {value}")
+
+
+def forgotten(table: pd.DataFrame) -> Figure:
+    """Share forgotten in each group of reviews with its interval, a panel a feature; dashed: of all reviews.
+
+    table: of ``forgetting.forgotten_by_group``; several of them may be told apart by a column model.
+    """
+    titles = {
+        "tokens": "tokens in the review",
+        "confidence": "confidence of the dense model, %",
+        "negations": "words that negate",
+        "contrasts": "words that contrast",
+        "stars": "stars that the review gives",
+    }
+    models = list(table.groupby("model", sort=False)) if "model" in table else [("dense", table)]
+    features = [name for name in dict.fromkeys(table["feature"]) if name != "all"]
+    columns = min(3, -(-len(features) // 2))
+    rows = -(-len(features) // columns)
+    figure, grid = axes(columns, rows, width=4.2 * columns, height=2.9 * rows, sharey=True)
+    for ax, feature in zip(np.ravel(grid), features, strict=False):
+        # Groups come low to high from each table; a model that lacks one leaves a gap.
+        names = list(dict.fromkeys(table.loc[table["feature"] == feature, "group"]))
+        for i, (model, part) in enumerate(models):
+            shade = color(model)
+            places = np.arange(len(names)) + (i - (len(models) - 1) / 2) * 0.6 / len(models)
+            found = part[part["feature"] == feature].set_index("group").reindex(names)
+            ax.vlines(places, found["forgotten_low"], found["forgotten_high"], color=shade, linewidth=2)
+            ax.plot(places, found["forgotten"], "o", color=shade, label=label(model), clip_on=False)
+            ax.axhline(part.loc[part["feature"] == "all", "forgotten"].item(), color=shade, linestyle="--", linewidth=1)
+        ax.set_xticks(range(len(names)), names, fontsize="small")
+        ax.set_xlim(-0.5, len(names) - 0.5)
+        ax.set_title(titles.get(feature, label(feature)))
+    for ax in np.ravel(grid)[len(features) :]:
+        ax.set_axis_off()
+    first = np.ravel(grid)[0]
+    first.set_ylim(0, None)
+    first.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    figure.supylabel("share of right answers forgotten", fontsize="medium")
+    if len(models) > 1:
+        figure.legend(*first.get_legend_handles_labels(), fontsize="small", loc="outside right center")
+    return figure
+
+
+def unlearned(table: pd.DataFrame) -> Figure:
+    """Bits per byte of each model, a panel a domain, a dot a row; a line leads from the first model's mean to its own.
+
+    table: columns model, domain, bits_per_byte; a model may have several rows, one a seed.
+    """
+    models, domains = (list(dict.fromkeys(table[name])) for name in ("model", "domain"))
+    means = table.groupby(["domain", "model"])["bits_per_byte"].mean()
+    figure, row = axes(len(domains), width=2.6 + 3.4 * len(domains), height=1.2 + 0.36 * len(models), sharey=True)
+    for ax, domain in zip(row, domains, strict=True):
+        start = means[domain, models[0]]
+        ax.axvline(start, color=COLORS["baseline"], linestyle="--", zorder=0)
+        for y, model in enumerate(models):
+            values = table.loc[(table["domain"] == domain) & (table["model"] == model), "bits_per_byte"]
+            mean = means[domain, model]
+            ax.plot([start, mean], [y, y], color=color(model), linewidth=2, alpha=0.5)
+            ax.plot(values, np.full(len(values), y), "o", color=color(model), alpha=0.8)
+            ax.annotate(f"{mean:.2f}", (values.max(), y), (7, 0), textcoords="offset points", va="center", fontsize=9)
+        ax.margins(x=0.15)
+        ax.set(title=domain, xlabel="bits per byte, less is better")
+    row[0].set_yticks(range(len(models)), [label(model) for model in models])
+    row[0].set_ylim(len(models) - 0.4, -0.6)
+    return figure
+
+
+def rivals(table: pd.DataFrame, title: str) -> Figure:
+    """Paired differences in points with their intervals against sparsity, a line a rival; 0 is a draw.
+
+    table: of ``comparison.compare_rivals``.
+    """
+    figure, (ax,) = axes(width=7.4, height=4)
+    names = list(dict.fromkeys(table["criterion"]))
+    for i, (name, part) in enumerate(table.sort_values("sparsity").groupby("criterion", sort=False)):
+        # Side by side, so that no interval hides another.
+        x = part["sparsity"] + 0.004 * (i - (len(names) - 1) / 2)
+        ax.vlines(x, 100 * part["low"], 100 * part["high"], color=color(name), linewidth=2)
+        ax.plot(x, 100 * part["difference"], marker="o", color=color(name), label=label(name), linewidth=1)
+    ax.axhline(0, color=COLORS["merged"], linestyle="--")
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.set(xlabel="share of block weights removed", ylabel="points of accuracy, 95 % interval", title=title)
+    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure

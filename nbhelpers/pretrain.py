@@ -16,7 +16,6 @@ later be prolonged from the end of its plateau. ``--start-from FOLDER`` goes on 
 
 import argparse
 import json
-import math
 import time
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from nbhelpers.data import clean_text, read_movie_reviews
+from nbhelpers.forgetting import bits_per_byte, encode
 from nbhelpers.training import load_optimizer_tensors, mixed_precision, optimizer_tensors
 from nbhelpers.workspace import replace_folder
 
@@ -120,33 +120,11 @@ def train_tokenizer(texts: list[str], vocabulary: int, folder: Path) -> GPT2Toke
     return tokenizer
 
 
-def encode(tokenizer, texts: list[str]) -> list[np.ndarray]:
-    """Token ids of each text, with the end-of-text token in front; what a text spells never becomes a special token."""
-    ids = tokenizer(texts, split_special_tokens=True, add_special_tokens=False)["input_ids"]
-    return [np.array([tokenizer.eos_token_id, *row], dtype=np.int32) for row in ids]
-
-
 def windows(encoded: list[np.ndarray], epoch: int, seed: int) -> np.ndarray:
     """One epoch of full windows [n, CONTEXT]: the texts in a new random order, end to end, cut without padding."""
     order = np.random.default_rng((seed, epoch)).permutation(len(encoded))
     stream = np.concatenate([encoded[i] for i in order])
     return stream[: len(stream) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)
-
-
-@torch.inference_mode()
-def bits_per_byte(model, tokenizer, texts: list[str]) -> float:
-    """Bits that the model needs for a UTF-8 byte of the texts, each read from its start up to CONTEXT tokens.
-
-    Comparable across tokenizers: bytes beyond the context are not counted.
-    """
-    nats, size = 0.0, 0
-    device = next(model.parameters()).device
-    for row in encode(tokenizer, texts):
-        ids = torch.as_tensor(row[:CONTEXT], dtype=torch.long, device=device)
-        logits = model(ids[None]).logits[0, :-1].float()
-        nats += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
-        size += len(tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False).encode())
-    return nats / math.log(2) / size
 
 
 def average_gradients(model, accelerator: Accelerator) -> None:

@@ -5,6 +5,7 @@ import difflib
 import math
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class ProfileError(ValueError):
@@ -48,7 +49,8 @@ class Profile:
     recovery_sparsities: tuple[float, ...] = (0.8, 0.9)
     main_sparsity: float = 0.9  # of recovery_sparsities, the one that 04 converts and 06 compares
     recovery_steps: int = 60
-    recovery_learning_rate: float = 5e-4
+    recovery_learning_rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)  # the best on validation is taken
+    comparator_sparsities: tuple[float, ...] = (0.9,)  # at which the comparators but the best are recovered
     structured_sparsities: tuple[float, ...] = (0.5, 0.75)  # of whole heads and neurons, in 04
 
     # distillation
@@ -61,6 +63,7 @@ class Profile:
     scan_steps: int = 40  # steps of each student in the scan of temperature and alpha
 
     # statistics and measurement
+    seeds: int = 1  # how many seeds, from the run's own upwards, are trained, pruned and recovered
     calibration_reviews: int = 128  # training reviews of the calibration pass
     latency_batches: tuple[int, ...] = (1, 8, 32)
     latency_repeats: int = 9
@@ -84,10 +87,18 @@ class Profile:
 
 
 COUNTS = ("max_tokens", "batch_size", "eval_batch_size", "epochs", "recovery_steps", "distill_epochs")
-COUNTS += ("distill_batch_size", "scan_steps", "latency_repeats", "validation_size", "test_size", "calibration_reviews")
+COUNTS += (
+    "distill_batch_size",
+    "scan_steps",
+    "latency_repeats",
+    "validation_size",
+    "seeds",
+    "test_size",
+    "calibration_reviews",
+)
 SHARES = ("head_share", "warmup_share", "dropout", "alphas", "layer_decay", "prefix_share")
-SPARSITIES = ("sparsities", "recovery_sparsities", "main_sparsity", "structured_sparsities")
-POSITIVE = ("learning_rate", "recovery_learning_rate", "distill_learning_rate", "temperatures", "max_grad_norm")
+SPARSITIES = ("sparsities", "recovery_sparsities", "main_sparsity", "structured_sparsities", "comparator_sparsities")
+POSITIVE = ("learning_rate", "recovery_learning_rates", "distill_learning_rate", "temperatures", "max_grad_norm")
 TYPES = {field.name: field.type for field in dataclasses.fields(Profile)}
 
 
@@ -155,6 +166,21 @@ def parse_overrides(text: str) -> dict[str, str]:
     return pairs
 
 
+def overrides_of(pairs: list[str]) -> dict[str, str]:
+    """``["epochs=2"]``, from a command line, as a dict; paths become absolute, as notebooks run in another folder."""
+    found = {}
+    for pair in pairs:
+        field, equals, value = pair.partition("=")
+        if not equals or not field:
+            raise ProfileError(f"{pair!r} is not an override: write --set field=value")
+        # A name that stands for something built in is not a path, even where a folder is called so.
+        if field in ("data", "model") and value not in ("mini", "tiny", "movie-reviews"):
+            path = Path(value).expanduser()
+            value = str(path.resolve()) if value and path.exists() else value
+        found[field] = value
+    return found
+
+
 def get_profile(name: str, /, **overrides) -> Profile:
     """The named profile with some fields changed.
 
@@ -186,6 +212,8 @@ PROFILES = {
         sparsities=(0.5, 0.9),
         recovery_sparsities=(0.9,),
         recovery_steps=3,
+        recovery_learning_rates=(5e-4, 1e-3),
+        seeds=2,
         structured_sparsities=(0.5,),
         student_layers=(1,),
         temperatures=(2.0,),
@@ -203,21 +231,23 @@ PROFILES = {
         recovery_steps=40,
         scan_steps=30,
     ),
+    # Sized in tokens for an evening on two cores: three seeds and all labelled reviews come before many recovery steps
+    # and before students of every seed.
     "thorough": Profile(
         name="thorough",
-        validation_size=2500,
+        validation_size=1000,
         test_size=2500,
         max_tokens=512,
-        epochs=3,
         sparsities=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97),
-        recovery_sparsities=(0.8, 0.9, 0.95),
-        recovery_steps=700,
-        distill_epochs=3,
+        recovery_sparsities=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97),
+        comparator_sparsities=(0.8, 0.9, 0.95),
+        recovery_steps=80,
         temperatures=(1.0, 2.0, 4.0),
         alphas=(0.1, 0.5, 0.9),
-        scan_steps=300,
+        scan_steps=80,
         calibration_reviews=1024,
         latency_repeats=25,
+        seeds=3,
     ),
     "gpt2": Profile(
         name="gpt2",
@@ -234,7 +264,7 @@ PROFILES = {
         sparsities=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
         recovery_sparsities=(0.8, 0.9),
         recovery_steps=1400,
-        recovery_learning_rate=5e-5,
+        recovery_learning_rates=(2e-5, 5e-5, 1e-4),
         student_layers=(6, 3),
         distill_epochs=3,
         distill_learning_rate=5e-5,

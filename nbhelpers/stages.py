@@ -27,7 +27,7 @@ PACKAGE = Path(__file__).parent
 NOTEBOOKS = PACKAGE.parent / "notebooks"
 
 # Files that no notebook's result depends on: a new line in the report must not make hours of training stale.
-NOT_IN_RESULTS = ("stages.py", "pipeline.py", "execution.py", "page.py", "pretrain.py")
+NOT_IN_RESULTS = ("stages.py", "pipeline.py", "execution.py", "page.py", "pretrain.py", "grid.py")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Stage:
     """A notebook, what it needs and what it promises to leave in ``reports/<profile>/``.
 
     needs: artefacts by name or pattern ("recovered_*"), or numbers of notebooks ("05"); figures and tables: names
-    without extension; metrics: "section.metric" in ``results.json``; gaps: "table.column" that may hold empty cells.
+    without extension; metrics: "section.metric" in ``results.json``; gaps: "table.column" that may hold empty cells,
+    or "table" that may have no rows; over_seeds: files promised only where a profile has several seeds.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Stage:
     tables: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
     gaps: tuple[str, ...] = ()
+    over_seeds: tuple[str, ...] = ()
 
     @property
     def number(self) -> str:
@@ -80,11 +82,19 @@ STAGES = {
                 "02_distributions",
                 "02_retention",
                 "02_agreement",
+                "02_heads",
+                "02_neurons",
+                "02_along_training",
                 "02_votes",
                 "02_flagged",
             ),
-            tables=("retention", "flagged"),
-            metrics=promise("criteria", "sparsity thresholds overlap correlation flagged_by_all_at_median most_uneven"),
+            tables=("retention", "structure_shares", "along_training", "flagged"),
+            metrics=promise(
+                "criteria",
+                "sparsity thresholds overlap correlation flagged_by_all_at_median most_uneven known_after_a_tenth "
+                "kappa_over_seeds",
+            ),
+            over_seeds=("figures/02_stability.png", "tables/stability.csv"),
         ),
         Stage(
             "03_prune_and_recover",
@@ -96,16 +106,17 @@ STAGES = {
                 "03_comparators",
                 "03_who_paid",
                 "03_scopes",
+                "03_sensitivity",
                 "03_recovered",
                 "03_recovery_worth",
                 "03_ways",
                 "03_against_control",
             ),
-            tables=("scopes", "curves", "recovery_ways", "recovery_significance"),
+            tables=("scopes", "sensitivity", "recovery_rates", "curves", "recovery_ways", "recovery_significance"),
             metrics=promise(
                 "pruning",
-                "sparsity dense_accuracy control_accuracy best_criterion best_accuracy best_before_recovery "
-                "recovered ways comparators revived",
+                "sparsity seeds dense_accuracy control_accuracy best_criterion best_comparator best_accuracy "
+                "best_before_recovery recovered ways comparators rates revived",
             ),
         ),
         Stage(
@@ -145,10 +156,33 @@ STAGES = {
         Stage(
             "06_comparison",
             "Which model is worth its bytes and milliseconds, and which differences are real?",
-            needs=("fine_tuned", "fine_tuned_extra", "recovered_*", "sparse_*", "compact_*", "student_*"),
-            figures=("06_accuracy", "06_differences", "06_accuracy_size", "06_accuracy_latency", "06_cost"),
-            tables=("comparison", "significance"),
-            metrics=promise("comparison", "test_reviews models dense control recovered sparse student"),
+            needs=(
+                "pretrained",
+                "fine_tuned",
+                "scores_*",
+                "fine_tuned_extra",
+                "recovered_*",
+                "sparse_*",
+                "compact_*",
+                "student_*",
+            ),
+            figures=(
+                "06_accuracy",
+                "06_differences",
+                "06_rivals",
+                "06_accuracy_size",
+                "06_accuracy_latency",
+                "06_cost",
+                "06_forgotten",
+                "06_unlearned",
+            ),
+            tables=("comparison", "significance", "forgotten", "forgotten_associations", "unlearned"),
+            metrics=promise(
+                "comparison",
+                "test_reviews models dense control recovered sparse student tfidf against_tfidf forgotten test_part",
+            )
+            + promise("finding", "seeds leaders merge comparator recovery control kept"),
+            gaps=("forgotten.learned", "forgotten_associations"),
         ),
     )
 }
@@ -192,21 +226,26 @@ def artifacts(run: Run) -> dict[str, dict]:
     return {name: run.artifact(name) for name in folders if "." not in name}
 
 
+def promised_files(run: Run, stage: Stage) -> list[Path]:
+    """The figures and tables that a stage promises to leave for a run's profile."""
+    files = [run.reports / "figures" / f"{name}.png" for name in stage.figures]
+    files += [run.reports / "tables" / f"{name}.csv" for name in stage.tables]
+    return files + [run.reports / name for name in stage.over_seeds if run.profile.seeds > 1]
+
+
 def broken_promises(run: Run, stage: Stage, since: float = 0.0) -> list[str]:
     """What a stage promised and did not leave whole: one sentence each.
 
     since: seconds since the epoch; figures and tables that are older count as not written.
     """
-    files = [run.reports / "figures" / f"{name}.png" for name in stage.figures]
-    files += [run.reports / "tables" / f"{name}.csv" for name in stage.tables]
     found = []
-    for path in files:
+    for path in promised_files(run, stage):
         if not path.is_file():
             found.append(f"{path.parent.name}/{path.name} is missing")
         elif path.stat().st_mtime < since:
             found.append(f"{path.parent.name}/{path.name} was not written by this run")
         elif path.suffix == ".csv":
-            found += table_faults(path, [gap.split(".", 1)[1] for gap in stage.gaps if gap.startswith(path.stem + ".")])
+            found += table_faults(path, stage.gaps)
         elif not is_whole_png(path):
             found.append(f"{path.parent.name}/{path.name} is not a whole PNG image")
     results = run.results()
@@ -219,15 +258,16 @@ def broken_promises(run: Run, stage: Stage, since: float = 0.0) -> list[str]:
     return found
 
 
-def table_faults(path: Path, gaps: list[str]) -> list[str]:
-    """What is wrong with a table: empty, or numbers that are none outside of the columns in ``gaps``."""
+def table_faults(path: Path, gaps: tuple[str, ...]) -> list[str]:
+    """What is wrong with a table, its stage's ``gaps`` aside: empty, or numbers that are none."""
     try:
         table = pd.read_csv(path)
     except ValueError:
         return [f"tables/{path.name} is empty or not a table"]
     if table.empty:
-        return [f"tables/{path.name} has no rows"]
-    numbers = table.select_dtypes("number").drop(columns=gaps, errors="ignore")
+        return [] if path.stem in gaps else [f"tables/{path.name} has no rows"]
+    columns = [column for column in table if f"{path.stem}.{column}" not in gaps]
+    numbers = table[columns].select_dtypes("number")
     bad = numbers.columns[~np.isfinite(numbers.to_numpy(dtype=float)).all(axis=0)]
     return [f"tables/{path.name} has numbers that are missing or infinite in column {column}" for column in bad]
 

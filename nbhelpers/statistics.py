@@ -2,9 +2,8 @@
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from nbhelpers.models import prunable_weights
+from nbhelpers.models import prunable_weights, stored_in_out
 
 Tensors = dict[str, torch.Tensor]
 
@@ -91,6 +90,6 @@ def calibrate(model: nn.Module, reviews: list[list[int]], labels: list[int], hes
         model.zero_grad()
         model.train(was_training)
     for name, total in squares.items():
-        outputs = 1 if isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D) else 0
+        outputs = 1 if stored_in_out(model, name) else 0
         found.setdefault("input_norm", {})[name] = total.sqrt().unsqueeze(outputs)
     return found | ({"hessian": products} if hessians else {})

@@ -8,6 +8,7 @@ Heavy stages also run without a notebook and leave the artefacts that the notebo
 import copy
 import functools
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Recipe:
 
 
 def recipe_for(profile: Profile, purpose: str) -> Recipe:
-    """The recipe of a profile's ``"finetune"``, ``"recover"`` or ``"distill"``."""
+    """The recipe of a profile's ``"finetune"``, ``"recover"`` (with the first of its rates) or ``"distill"``."""
     shared = {name: getattr(profile, name) for name in ("weight_decay", "warmup_share", "max_grad_norm", "precision")}
     labels = {"prefix_share": profile.prefix_share, **shared}
     if purpose == "finetune":
@@ -49,7 +50,8 @@ def recipe_for(profile: Profile, purpose: str) -> Recipe:
             profile.learning_rate, profile.batch_size, profile.epochs, layer_decay=profile.layer_decay, **labels
         )
     if purpose == "recover":
-        return Recipe(profile.recovery_learning_rate, profile.batch_size, steps=profile.recovery_steps, **labels)
+        rate = profile.recovery_learning_rates[0]
+        return Recipe(rate, profile.batch_size, steps=profile.recovery_steps, **labels)
     return Recipe(profile.distill_learning_rate, profile.distill_batch_size, profile.distill_epochs, **shared)
 
 
@@ -58,10 +60,12 @@ def mixed_precision(wish: str = "auto") -> str:
     """``"bf16"`` where it is faster than float32, else ``"no"``; decided once a process.
 
     On a CPU that is measured, never assumed: without AVX512_BF16 or AMX a bfloat16 product can take hundreds of times
-    longer than a float32 one.
+    longer than a float32 one. ``NBHELPERS_PRECISION`` holds what another process has measured already.
     """
     if wish != "auto":
         return wish
+    if os.environ.get("NBHELPERS_PRECISION") in ("no", "bf16"):
+        return os.environ["NBHELPERS_PRECISION"]
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     matrices = {dtype: torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -236,6 +240,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
 
 
 if __name__ == "__main__":
-    from nbhelpers.experiments import main
+    from nbhelpers.grid import main_of_training
 
-    main()
+    main_of_training()

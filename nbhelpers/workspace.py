@@ -10,6 +10,7 @@ Both lie in the project's folder, or in the one that the environment variable NB
 import ast
 import contextlib
 import datetime
+import errno
 import functools
 import hashlib
 import importlib
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -40,7 +42,7 @@ LOADERS = {
 
 
 # The code that artefacts come out of: when it changes, they are built anew.
-COMPUTING = ("data", "models", "training", "statistics", "criteria", "masks", "evaluation")
+COMPUTING = ("data", "models", "training", "statistics", "criteria", "masks")
 BUILT_HERE: set[Path] = set()
 TENSORS = "tensors.safetensors"  # the file of an artefact's tensors that are not a model's weights
 
@@ -113,18 +115,62 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def beside(folder: Path, kind: str) -> Path:
+    """Where this process, of all that may write into one workspace from several machines, keeps part of a folder."""
+    return folder.with_name(f"{folder.name}.{platform.node()}-{os.getpid()}.{kind}")
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine is there and not a zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error as error:
+        return not isinstance(error, psutil.NoSuchProcess)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes of this machine left beside a folder that they were writing when they were killed."""
+    for path in folder.parent.glob(f"{folder.name}.*-*.*"):
+        machine, _, pid = path.stem.removeprefix(f"{folder.name}.").rpartition("-")
+        if machine == platform.node() and (int(pid) == os.getpid() or not is_running(int(pid))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def put_in_place(partial: Path, folder: Path, old: Path) -> None:
+    """Rename ``partial`` to ``folder``; what was there goes to ``old``."""
+    while True:
+        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(old)
+        try:
+            partial.rename(folder)
+            return
+        except OSError as error:
+            # Another process has put its own there meanwhile.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
 @contextlib.contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Give a fresh folder to write into, which takes the place of ``folder`` only when the block ends without error."""
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Give a fresh folder to write into, which takes the place of ``folder`` only when the block ends without error.
+
+    Of several processes that write the same folder at once, each writes a whole one; the last to end stays.
+    """
+    remove_leftovers(folder)
+    partial, old = beside(folder, "partial"), beside(folder, "old")
     partial.mkdir(parents=True)
-    yield partial
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        yield partial
+        put_in_place(partial, folder, old)
+    finally:
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def progress(total: int, description: str) -> tqdm:
@@ -174,8 +220,7 @@ class Run:
         key = fingerprint({"settings": settings, "inputs": made_from, "code": code})
         # Forced, each process builds an artefact anew once.
         forced = bool(os.environ.get("NBHELPERS_FORCE")) and folder not in BUILT_HERE
-        reusable = (folder / "artifact.json").exists() and not forced
-        if reusable and self.artifact(name)["key"] == key:
+        if not forced and self.read_artifact(name).get("key") == key:
             return folder
         started = time.time()
         with replace_folder(folder) as partial:
@@ -200,18 +245,28 @@ class Run:
         BUILT_HERE.add(folder)
         return folder
 
+    def read_artifact(self, name: str) -> dict:
+        """What ``artifact.json`` says of an artefact; empty where it is missing; ``WorkspaceError`` if damaged.
+
+        Another process may be replacing the folder: whether the file is there is found out by reading it.
+        """
+        path = self.artifacts / name / "artifact.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            raise WorkspaceError(f"{path} is damaged: run notebook {maker_of(name)} again with --force") from None
+
     def artifact(self, name: str) -> dict:
         """What ``artifact.json`` says of an artefact. Raises ``WorkspaceError`` when it is missing or unreadable."""
-        path = self.artifacts / name / "artifact.json"
-        if not path.exists():
+        record = self.read_artifact(name)
+        if not record:
             raise WorkspaceError(
                 f"{name} is missing from {self.artifacts}: run notebook {maker_of(name)} "
                 f"(./run_all.sh --profile {self.profile.name} --only {maker_of(name)})"
             )
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise WorkspaceError(f"{path} is damaged: run notebook {maker_of(name)} again with --force") from None
+        return record
 
     def folder(self, name: str) -> Path:
         """The folder of a finished artefact after its checksums were found right."""

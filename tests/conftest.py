@@ -1,7 +1,9 @@
-"""What all tests share: no hub, a workspace of their own, two threads."""
+"""What all tests share: no hub, a workspace of their own, one thread, and one study on the smallest profile."""
 
+import contextlib
 import os
 import tempfile
+from types import SimpleNamespace
 
 # Before anything imports transformers, datasets or matplotlib.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,8 +15,10 @@ os.environ.pop("NBHELPERS_FORCE", None)
 WORKSPACE = tempfile.TemporaryDirectory(prefix="nbhelpers-tests-")
 os.environ["NBHELPERS_ROOT"] = WORKSPACE.name
 
+import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 
 # One: beside other work on the machine, a second thread mostly waits for the first and spins.
 torch.set_num_threads(1)
@@ -25,3 +29,56 @@ def workspace(tmp_path, monkeypatch):
     """A workspace for one test alone: the folder that holds its .artifacts and reports."""
     monkeypatch.setenv("NBHELPERS_ROOT", str(tmp_path))
     return tmp_path
+
+
+@contextlib.contextmanager
+def fresh_accelerate():
+    """One thread, and a precision that nothing before has chosen: Accelerate keeps one a process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def alone():
+    """For a test that trains: it chooses its precision, and what it chose is gone after it."""
+    with fresh_accelerate():
+        yield
+
+
+# float32, so that a second computation gives the same bits; steps large enough for weights and answers to change.
+STUDY = {"precision": "no", "learning_rate": 1e-2, "distill_learning_rate": 5e-3}
+STUDY |= {"recovery_learning_rates": (1e-4, 1e-2), "recovery_sparsities": (0.5, 0.9)}
+
+
+@pytest.fixture(scope="session")
+def finished_study(tmp_path_factory):
+    """Everything that the notebooks compute on the smallest profile with two seeds, once for all tests."""
+    from nbhelpers import comparison, experiments, pruning
+    from nbhelpers.profiles import get_profile
+    from nbhelpers.workspace import open_run
+
+    root = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch, fresh_accelerate():
+        patch.setenv("NBHELPERS_ROOT", str(root))
+        run = open_run(get_profile("smoke", **STUDY), 0)
+        for one in experiments.runs_of(run):
+            experiments.finetune_model(one)
+        recovered, students = pruning.recover_all(run), experiments.distil_all(run)
+        best = pruning.best_criterion(run)
+        pruning.sparsify(run, best, 0.9)
+        pruning.compact_model(run, 0.5)
+        run.save_table("curves", pd.concat([pruning.pruned_curves(run), pruning.recovered_curves(run)]))
+        comparison.open_test_part(run)
+        models = [one.models() for one in experiments.runs_of(run)]
+    return SimpleNamespace(root=root, run=run, best=best, models=models, recovered=recovered, students=students)
+
+
+@pytest.fixture
+def study(finished_study, monkeypatch):
+    """The finished study as the workspace of one test: root, run, best (criterion), models of each seed, and tables."""
+    monkeypatch.setenv("NBHELPERS_ROOT", str(finished_study.root))
+    return finished_study

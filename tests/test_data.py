@@ -248,6 +248,61 @@ def test_the_hub_is_asked_for_the_pinned_revision_and_unlabelled_parts_are_ignor
     assert all(text.startswith("test") for text in splits["test"]["text"])
 
 
+# --- stars ---
+
+
+def test_the_stars_in_the_file_names_of_aclimdb_go_with_their_reviews(tmp_path):
+    expected = {}
+    for part in ("train", "test"):
+        for word, given in (("neg", (1, 2, 3, 4)), ("pos", (7, 8, 9, 10))):
+            (tmp_path / part / word).mkdir(parents=True)
+            for i in range(40):
+                text = f"{part} {word} {i}"
+                expected[text] = given[i % 4]
+                (tmp_path / part / word / f"{i}_{expected[text]}.txt").write_text(text)
+    (tmp_path / "train" / "unsup").mkdir()
+    (tmp_path / "train" / "unsup" / "0_0.txt").write_text("unlabelled")
+    splits = load_reviews(profile_of(tmp_path, validation_size=20, test_size=30, train_size=24), seed=3)
+    for part in splits.values():
+        assert part.column_names == ["text", "label", "stars"]
+        assert part.features["stars"].dtype == "int64"
+        assert part["stars"][:] == [expected[text] for text in part["text"]]
+    assert set(splits["test"]["stars"]) == {1, 2, 3, 4, 7, 8, 9, 10}
+
+
+@pytest.mark.parametrize("name", ["3", "3_0", "3_11", "3_7_b", "review"])
+def test_a_file_name_that_tells_no_stars_leaves_all_reviews_without(acl_imdb, name):
+    for path in acl_imdb.glob("t*/*/*.txt"):
+        path.rename(path.with_name(f"{path.stem.split('_')[0]}_7.txt"))
+    assert load_reviews(profile_of(acl_imdb))["test"].column_names == ["text", "label", "stars"]
+    (acl_imdb / "test" / "pos" / "3_7.txt").rename(acl_imdb / "test" / "pos" / f"{name}.txt")
+    assert load_reviews(profile_of(acl_imdb))["test"].column_names == ["text", "label"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_may_have_stars(tmp_path, kind):
+    table = numbered_reviews(100).assign(stars=[1, 10] * 100)
+    path = tmp_path / f"reviews.{kind}"
+    table.to_csv(path, index=False) if kind == "csv" else table.to_parquet(path)
+    for part in load_reviews(profile_of(path)).values():
+        assert part["stars"][:] == [10 if label else 1 for label in part["label"]]
+
+
+@pytest.mark.parametrize("unknown", [None, "ten", 7.5])
+def test_stars_that_are_not_known_of_every_review_are_left_out(tmp_path, unknown):
+    table = numbered_reviews(100).assign(stars=[1, 10] * 100)
+    table["stars"] = table["stars"].astype(object)
+    table.loc[5, "stars"] = unknown
+    splits = load_reviews(profile_of(write_csv(tmp_path, table)))
+    assert all(part.column_names == ["text", "label"] for part in splits.values())
+
+
+def test_a_train_file_with_stars_and_a_test_file_without_have_none(tmp_path):
+    write_csv(tmp_path, numbered_reviews(60).assign(stars=5), "train.csv")
+    write_csv(tmp_path, numbered_reviews(20).assign(text=lambda t: "other " + t["text"]), "test.csv")
+    assert load_reviews(profile_of(tmp_path, validation_size=20))["test"].column_names == ["text", "label"]
+
+
 # --- errors: each one line that names what was found and what is needed ---
 
 

@@ -1,9 +1,11 @@
 """Metrics, intervals and tests against formulas, brute force and worked examples."""
 
+import itertools
 import math
+import statistics
+import time
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from scipy.stats import binomtest, norm
@@ -13,13 +15,16 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 from nbhelpers import evaluation
 from nbhelpers.data import IMDbDataset
 from nbhelpers.evaluation import (
+    against,
     evaluate_accuracy,
     evaluate_model,
     f1_interval,
     holm,
     mcnemar,
+    over_seeds,
     paired_difference,
     predict_logits,
+    sign_flip_test,
     significance_table,
     wilson_interval,
 )
@@ -37,31 +42,7 @@ def rows() -> list[list[int]]:
     return [rng.integers(1, 20, length).tolist() for length in rng.permutation(np.arange(1, 24))]
 
 
-# --- prediction ---
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_logits_come_in_the_order_of_the_reviews_whatever_the_batches(rows, batch_size):
-    model = tiny_model().train()
-    found = predict_logits(model, rows, batch_size)
-    assert found.shape == (23, 2)
-    assert found.dtype == np.float32
-    assert not model.training, "dropout must be off"
-    with torch.inference_mode():
-        alone = np.concatenate([model(input_ids=torch.tensor([row])).logits.numpy() for row in rows])
-    # float32 products of width 8 to 32 in another order: a few 1e-7.
-    np.testing.assert_allclose(found, alone, atol=1e-5)
-    assert np.ptp(alone[:, 0]) > 0.1, "rows that are all alike would show no order"
-
-
-def test_no_reviews_and_logits_that_are_not_finite_are_errors(rows):
-    model = tiny_model()
-    with pytest.raises(ValueError, match="there are no reviews to predict"):
-        predict_logits(model, [])
-    with torch.no_grad():
-        model.score.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="logits are not finite"):
-        predict_logits(model, rows)
+# --- accuracy ---
 
 
 def test_accuracy_is_the_share_of_right_answers(rows):
@@ -169,14 +150,65 @@ def test_mcnemar_is_symmetric_and_ignores_reviews_on_which_the_models_agree():
     assert mcnemar(a, b) == mcnemar(b, a) == mcnemar(*pair(2000, 9, 3, 500))
 
 
+# --- over seeds ---
+
+
+def test_with_one_seed_the_sign_flip_test_is_mcnemars():
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        a, b = rng.random((2, rng.integers(1, 60))) < rng.random((2, 1))
+        sums = a.astype(int) - b.astype(int)
+        ahead, behind = int((sums > 0).sum()), int((sums < 0).sum())
+        expected = binomtest(ahead, ahead + behind, 0.5).pvalue if ahead + behind else 1.0
+        assert sign_flip_test(sums) == pytest.approx(expected, rel=1e-9)
+        assert sign_flip_test(sums) == pytest.approx(mcnemar(a, b), rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 9])
+def test_the_sign_flip_test_counts_all_assignments_of_signs(n):
+    rng = np.random.default_rng(n)
+    signs = np.array(list(itertools.product((-1, 1), repeat=n)))
+    for _ in range(20):
+        sums = rng.integers(-3, 4, n)
+        totals = signs @ np.abs(sums)
+        expected = (np.abs(totals) >= abs(sums.sum())).mean()
+        assert sign_flip_test(sums) == pytest.approx(expected, abs=1e-12), sums
+
+
+def test_the_sign_flip_test_worked_out_by_hand():
+    # Totals of +-2 +-1: 3, 1, -1, -3, each with probability 1/4.
+    assert sign_flip_test(np.array([2, 1, 0])) == 0.5
+    assert sign_flip_test(np.array([2, -1])) == 1.0
+    # Six reviews with all three seeds on one side: 2 / 2^6.
+    assert sign_flip_test(np.full(6, -3)) == pytest.approx(1 / 32)
+
+
+def test_the_sign_flip_test_is_symmetric_and_says_nothing_where_nothing_differs():
+    sums = np.random.default_rng(1).integers(-3, 4, 200)
+    p_value = sign_flip_test(sums)
+    assert sign_flip_test(-sums) == p_value
+    assert sign_flip_test(np.concatenate([sums, np.zeros(1000, int)])) == p_value
+    assert sign_flip_test(sums[::-1]) == pytest.approx(p_value)
+    assert sign_flip_test(np.zeros(50, int)) == sign_flip_test(np.array([], int)) == 1.0
+
+
+def test_the_sign_flip_test_of_a_whole_test_part_is_quick_and_near_its_normal_approximation():
+    sums = np.random.default_rng(0).choice([-3, -2, -1, 0, 1, 2, 3], 2500, p=[0.01, 0.02, 0.05, 0.8, 0.07, 0.03, 0.02])
+    started = time.process_time()
+    p_value = sign_flip_test(sums)
+    assert time.process_time() - started < 2
+    z = (abs(sums.sum()) - 0.5) / np.sqrt((sums**2).sum())
+    assert p_value == pytest.approx(2 * norm.sf(z), rel=0.05)
+
+
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (3, 7), (40, 12)])
 def test_a_paired_difference_has_the_sign_of_a_minus_b_and_a_bootstrap_interval(only_a, only_b):
     a, b = pair(60, only_a, only_b, 10)
     found = paired_difference(a, b, seed=2)
-    assert list(found) == ["difference", "low", "high", "p_value", "n"]
+    assert list(found) == ["difference", "low", "high", "p_value", "n", "seeds", "spread"]
     assert found["difference"] == pytest.approx(a.mean() - b.mean(), abs=1e-12)
-    assert found["n"] == len(a)
-    assert found["p_value"] == mcnemar(a, b)
+    assert (found["n"], found["seeds"], found["spread"]) == (len(a), 1, 0.0)
+    assert found["p_value"] == pytest.approx(mcnemar(a, b))
     rng = np.random.default_rng(2)
     means = [np.mean(a[chosen]) - np.mean(b[chosen]) for chosen in rng.integers(len(a), size=(2000, len(a)))]
     assert (found["low"], found["high"]) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
@@ -184,6 +216,51 @@ def test_a_paired_difference_has_the_sign_of_a_minus_b_and_a_bootstrap_interval(
     assert (back["difference"], back["low"], back["high"]) == pytest.approx(
         (-found["difference"], -found["high"], -found["low"]), abs=1e-12
     )
+    assert paired_difference(a[None], b[None], seed=2) == found, "one seed with or without its axis"
+
+
+def test_a_paired_difference_over_seeds_resamples_reviews_and_seeds():
+    rng = np.random.default_rng(5)
+    a, b = rng.random((3, 80)) < 0.8, rng.random((3, 80)) < 0.7
+    found = paired_difference(a, b, seed=4)
+    by_seed = [one.mean() - other.mean() for one, other in zip(a, b, strict=True)]
+    assert found["difference"] == pytest.approx(sum(by_seed) / 3)
+    assert found["spread"] == pytest.approx(statistics.stdev(by_seed))
+    assert (found["n"], found["seeds"]) == (80, 3)
+    assert found["low"] < found["difference"] < found["high"]
+    ahead = [sum(int(a[s, i]) - int(b[s, i]) for s in range(3)) for i in range(80)]
+    assert found["p_value"] == sign_flip_test(np.array(ahead))
+    rng, means = np.random.default_rng(4), []
+    reviews, seeds = rng.integers(80, size=(2000, 80)), rng.integers(3, size=(3, 2000))
+    for i in range(2000):
+        means.append(np.mean([a[s, reviews[i]].mean() - b[s, reviews[i]].mean() for s in seeds[:, i]]))
+    assert (found["low"], found["high"]) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    a = np.repeat([[True], [True], [False]], 400, axis=1)
+    b = np.repeat([[False], [True], [True]], 400, axis=1)
+    found = paired_difference(a, b)
+    assert (found["difference"], found["spread"]) == (0, 1)
+    # Each of three draws is +1, 0 or -1: all three alike, and so a mean of 1, happens in one of 27.
+    assert (found["low"], found["high"]) == (-1, 1)
+
+
+def test_of_two_models_the_seeds_that_both_have_are_compared():
+    rng = np.random.default_rng(0)
+    three, two, one = rng.random((3, 50)) < 0.8, rng.random((2, 50)) < 0.8, rng.random(50) < 0.8
+    assert paired_difference(three, two) == paired_difference(three[:2], two)
+    assert paired_difference(three, one) == paired_difference(three[0], one)
+    assert paired_difference(one, two)["seeds"] == 1
+
+
+def test_accuracy_over_seeds_is_their_mean_between_the_lowest_and_the_highest():
+    correct = np.arange(40) < np.array([[20], [30], [22]])
+    found = over_seeds(correct)
+    assert found == pytest.approx({"accuracy": 0.6, "accuracy_low": 0.5, "accuracy_high": 0.75, "seeds": 3})
+    low, high = binomtest(20, 40).proportion_ci(method="wilson")
+    one = {"accuracy": 0.5, "accuracy_low": low, "accuracy_high": high, "seeds": 1}
+    assert over_seeds(correct[0]) == over_seeds(correct[:1]) == pytest.approx(one)
 
 
 # --- many tests ---
@@ -208,28 +285,43 @@ def test_holm_rejects_what_the_step_down_rule_rejects():
         assert {i for i, p in enumerate(holm(p_values)) if p <= 0.05} == rejected
 
 
-def test_the_significance_table_has_the_columns_of_the_contract_and_a_row_a_comparison():
+COLUMNS = "comparison metric difference low high p_value p_adjusted n seeds spread"
+
+
+def test_the_significance_table_has_the_columns_of_the_contract_and_a_row_a_pair():
     rng = np.random.default_rng(0)
     correct = {name: rng.random(200) < share for name, share in (("dense", 0.9), ("pruned", 0.7), ("student", 0.85))}
-    table = significance_table(correct, against="dense")
-    assert list(table.columns) == [
-        "comparison",
-        "metric",
-        "difference",
-        "low",
-        "high",
-        "p_value",
-        "p_adjusted",
-        "n",
-        "seeds",
-    ]
-    assert table["comparison"].tolist() == ["pruned - dense", "student - dense"]
-    assert table["metric"].tolist() == ["accuracy"] * 2
-    assert table["n"].tolist() == [200, 200]
-    assert table["seeds"].tolist() == [1, 1]
+    table = significance_table(correct, [("pruned", "dense"), ("student", "pruned"), ("dense", "student")])
+    assert list(table.columns) == COLUMNS.split()
+    assert table["comparison"].tolist() == ["pruned - dense", "student - pruned", "dense - student"]
+    assert table["metric"].tolist() == ["accuracy"] * 3
+    assert table["n"].tolist() == [200] * 3
+    assert table["seeds"].tolist() == [1] * 3
+    assert table["spread"].tolist() == [0.0] * 3
     assert table["p_adjusted"].tolist() == holm(table["p_value"].tolist())
     assert (table["p_adjusted"] >= table["p_value"]).all()
     first = table.iloc[0]
     assert first["difference"] == pytest.approx(correct["pruned"].mean() - correct["dense"].mean())
     assert first["low"] < first["difference"] < first["high"] < 0
-    pd.testing.assert_frame_equal(table, significance_table(correct, against="dense"))
+    only, other = (int((correct[a] & ~correct[b]).sum()) for a, b in (("pruned", "dense"), ("dense", "pruned")))
+    assert first["p_value"] == pytest.approx(binomtest(only, only + other).pvalue)
+    by_itself = significance_table(correct, [("pruned", "dense")])
+    assert by_itself["p_adjusted"].tolist() == by_itself["p_value"].tolist() == [first["p_value"]]
+
+
+def test_models_of_one_seed_and_of_several_stand_in_one_significance_table():
+    rng = np.random.default_rng(0)
+    correct = {"dense": rng.random((3, 60)) < 0.9, "pruned": rng.random((3, 60)) < 0.7, "student": rng.random(60) < 0.8}
+    table = significance_table(correct, against(correct, "dense")).set_index("comparison")
+    assert table["seeds"].to_dict() == {"pruned - dense": 3, "student - dense": 1}
+    assert table.loc["pruned - dense", "difference"] == pytest.approx(
+        correct["pruned"].mean() - correct["dense"].mean()
+    )
+    assert table.loc["student - dense", "difference"] == pytest.approx(
+        correct["student"].mean() - correct["dense"][0].mean()
+    )
+
+
+def test_against_pairs_every_other_model_with_the_line():
+    correct = {name: np.ones(3, bool) for name in ("a", "line", "b")}
+    assert against(correct, "line") == [("a", "line"), ("b", "line")]

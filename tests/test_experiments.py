@@ -1,62 +1,26 @@
-"""The chain of heavy computations on the smallest profile: what it leaves, what it repeats and what it does not."""
+"""Fine-tuning, students, predictions and the test part on the smallest profile: what is left and not done twice."""
 
+import dataclasses
 import json
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
 
-from nbhelpers import experiments
-from nbhelpers.criteria import COMPARATORS
+from nbhelpers import comparison, experiments, pruning
+from nbhelpers.criteria import CRITERIA
 from nbhelpers.data import load_reviews, tokenize
-from nbhelpers.evaluation import evaluate_accuracy, mcnemar
-from nbhelpers.masks import select, select_structures
-from nbhelpers.models import blocks, create_student, load_dense, load_tokenizer, prunable_weights, structures
+from nbhelpers.evaluation import evaluate_accuracy
+from nbhelpers.masks import select, unpack
+from nbhelpers.models import blocks, create_student, load_tokenizer, prunable_weights
 from nbhelpers.profiles import get_profile
-from nbhelpers.statistics import calibrate
 from nbhelpers.training import recipe_for, train
 from nbhelpers.workspace import Run, WorkspaceError, open_run
 
-CRITERIA = ("magnitude", "movement", "gradient", "merged")
-# float32 everywhere, so that a second computation gives the same bits; enough steps for weights to move.
-SETTINGS = {"precision": "no", "learning_rate": 5e-3, "recovery_learning_rate": 5e-3, "distill_learning_rate": 5e-3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    """Precision is one a process in Accelerate, and one thread is enough for matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def in_own_root(tmp_path_factory, alone):
-    """Artefacts of this file lie in a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NBHELPERS_ROOT", str(tmp_path_factory.mktemp("root")))
-        patch.delenv("NBHELPERS_FORCE", raising=False)
-        patch.setenv("NBHELPERS_BATCH", "1")
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def chain(in_own_root) -> tuple[Run, pd.DataFrame, pd.DataFrame]:
-    """A run after fine-tuning, all recoveries, the sparse conversion and all students, and what they returned."""
-    run = open_run(get_profile("smoke", **SETTINGS), 0)
-    experiments.finetune_model(run)
-    recovered = experiments.recover_all(run)
-    students = experiments.distil_all(run)
-    experiments.sparsify(run, "merged", 0.9)
-    run.record("pruning", best_criterion="merged")
-    experiments.compact_model(run, 0.5)
-    return run, recovered, students
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def created(run: Run) -> dict[str, str]:
@@ -65,28 +29,25 @@ def created(run: Run) -> dict[str, str]:
     return {record["name"]: record["created"] for record in records}
 
 
+def new_run(**changes) -> Run:
+    return open_run(get_profile("smoke", precision="no", learning_rate=5e-3, **changes), 0)
+
+
 # --- what is left ---
 
 
-def test_the_chain_leaves_the_models_that_it_promises(chain):
-    run, recovered, students = chain
-    expected = [
-        "pretrained",
-        "fine_tuned",
-        "fine_tuned_extra",
-        *(f"recovered_{criterion}_90" for criterion in CRITERIA),
-        *(f"student_{variant}_1" for variant in ("distilled", "labels_only", "distilled_random")),
-        "sparse_merged_90",
-        "structured_merged_50",
-        "compact_merged_50",
-    ]
-    assert run.models() == expected, "oldest first; the students of the scan are no models of the run"
-    assert recovered["criterion"].tolist() == list(CRITERIA)
-    assert students["model"].tolist() == [name for name in expected if name.startswith("student_")]
-    for name in expected:
-        assert not run.load_model(name).training
+def test_a_study_leaves_the_models_that_it_promises(study):
+    recovered = [experiments.model_name("recovered", c, s) for c, s in pruning.recoveries(study.run)]
+    students = [f"student_{variant}_1" for variant in ("distilled", "labels_only", "distilled_random")]
+    sparse = [f"{stage}_{study.best}_{p}" for stage, p in (("sparse", 90), ("structured", 50), ("compact", 50))]
+    dense = ["pretrained", "fine_tuned", "fine_tuned_extra", *recovered]
+    assert study.models[0] == [*dense, *students, *sparse], "oldest first; the students of the scan are no models"
+    assert study.models[1] == dense, "of every seed what is compared over seeds, and nothing else"
+    assert study.students["model"].tolist() == students
+    for name in study.models[0]:
+        assert not study.run.load_model(name).training
         if name != "pretrained" and not name.startswith(("sparse", "compact")):
-            history = experiments.read_history(run, name)
+            history = experiments.read_history(study.run, name)
             assert np.isfinite(history["loss"]).all()
             # Recovery makes no choice among checkpoints, so it validates none on the way.
             chosen = name == "fine_tuned" or name.startswith("student_")
@@ -94,18 +55,22 @@ def test_the_chain_leaves_the_models_that_it_promises(chain):
             assert not chosen or history["accuracy"].between(0, 1).all()
 
 
-def test_training_moved_every_model_away_from_the_one_it_started_from(chain):
-    run, *_ = chain
-    pretrained, fine_tuned = (run.load_model(name) for name in ("pretrained", "fine_tuned"))
+def test_the_runs_of_a_profile_are_its_seeds_from_the_runs_own_upwards():
+    run = open_run(get_profile("smoke", seeds=3), 4)
+    assert [one.seed for one in experiments.runs_of(run)] == [4, 5, 6]
+    assert {one.profile for one in experiments.runs_of(run)} == {run.profile}
+
+
+def test_training_moved_every_model_away_from_the_one_it_started_from(study):
+    pretrained, fine_tuned = (study.run.load_model(name) for name in ("pretrained", "fine_tuned"))
     for name, weight in prunable_weights(fine_tuned).items():
         assert not torch.equal(weight, prunable_weights(pretrained)[name])
-    extra = run.load_model("fine_tuned_extra")
-    assert not torch.equal(extra.score.weight, fine_tuned.score.weight)
+    assert not torch.equal(study.run.load_model("fine_tuned_extra").score.weight, fine_tuned.score.weight)
 
 
-def test_the_fine_tuned_artefact_holds_what_was_observed_of_every_prunable_weight(chain):
-    run, *_ = chain
-    weights, found = prunable_weights(run.load_model("fine_tuned")), experiments.load_statistics(run, "fine_tuned")
+def test_the_fine_tuned_artefact_holds_what_was_observed_of_every_prunable_weight(study):
+    weights = prunable_weights(study.run.load_model("fine_tuned"))
+    found = experiments.load_statistics(study.run, "fine_tuned")
     assert set(found) == {"mean_abs_gradient", "first_order_movement"}
     for tensors in found.values():
         assert {name: tensor.shape for name, tensor in tensors.items()} == {n: w.shape for n, w in weights.items()}
@@ -113,112 +78,31 @@ def test_the_fine_tuned_artefact_holds_what_was_observed_of_every_prunable_weigh
     assert any((tensor < 0).any() for tensor in found["first_order_movement"].values())
 
 
-def test_comparators_are_computed_from_the_calibration_of_the_fine_tuned_model(chain):
-    run, *_ = chain
-    scores = experiments.score_weights(run, COMPARATORS)
-    data, model = experiments.dataset(run, "train"), run.load_model("fine_tuned")
-    chosen = np.linspace(0, len(data) - 1, 8).round().astype(int)
-    expected = calibrate(model, [data.input_ids[i] for i in chosen], data.labels[chosen].tolist())
-    assert set(data.labels[chosen]) == {0, 1}
-    for name, weight in prunable_weights(model).items():
-        taylor = weight.detach().abs() * expected["calibration_gradient"][name]
-        torch.testing.assert_close(scores["taylor"][name], taylor, rtol=1e-4, atol=1e-9)
-    assert list(scores) == list(COMPARATORS)
+def test_what_was_flagged_last_along_fine_tuning_is_what_the_scores_flag(study):
+    flagged = experiments.flagged_along_the_way(study.run)
+    weights = prunable_weights(study.run.load_model("fine_tuned"))
+    steps = {int(key.split("/")[0]) for key in flagged}
+    assert steps == {0, 1, 2, 4, 6}
+    for criterion in CRITERIA:
+        found = unpack(flagged[f"6/{criterion}"], weights)
+        expected = select(pruning.scores_of(study.run, criterion), 0.9)
+        assert all(torch.equal(found[name], mask) for name, mask in expected.items()), criterion
 
 
-def test_the_other_ways_to_recover_end_at_the_same_masks_with_other_weights(chain):
-    run, *_ = chain
-    masks = select(experiments.with_merge(experiments.score_weights(run))["merged"], 0.9)
-    names = [
-        "recovered_merged_90",
-        *(experiments.recover_otherwise(run, w, "merged", 0.9) for w in ("gradual", "taught")),
-    ]
-    models = [run.load_model(name) for name in names]
-    for model in models:
-        assert all(torch.equal(weight != 0, masks[name]) for name, weight in prunable_weights(model).items())
-    heads = [model.score.weight for model in models]
-    assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
-    steps = [experiments.read_history(run, name)["steps"].max() for name in names]
-    assert set(steps) == {run.profile.recovery_steps}
-
-
-def test_a_compact_model_says_what_the_structured_one_says(chain):
-    run, *_ = chain
-    masked, small = run.load_model("structured_merged_50"), run.load_model("compact_merged_50")
-    scores = experiments.with_merge(experiments.score_weights(run))["merged"]
-    masks = select_structures(scores, structures(run.load_model("fine_tuned")), 0.5)
-    assert all(torch.equal(weight != 0, masks[name]) for name, weight in prunable_weights(masked).items())
-    logits = [experiments.split_logits(run, f"{kind}_merged_50", "validation") for kind in ("structured", "compact")]
-    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4)
-    assert sum(small.config.kept_neurons) < 2 * 4 * masked.config.n_embd
-
-
-def test_scores_are_the_criteria_of_the_weights_on_disk(chain):
-    run, *_ = chain
-    scores = experiments.score_weights(run)
-    after, before = (prunable_weights(load_dense(run.folder(name))) for name in ("fine_tuned", "pretrained"))
-    assert list(scores) == ["magnitude", "movement", "gradient"]
-    for name, weight in after.items():
-        assert torch.equal(scores["magnitude"][name], weight.abs())
-        assert torch.equal(scores["movement"][name], (weight - before[name]).abs())
-        assert torch.equal(
-            scores["gradient"][name], experiments.load_statistics(run, "fine_tuned")["mean_abs_gradient"][name]
-        )
-
-
-def test_recovered_models_have_exactly_the_zeros_of_their_masks(chain):
-    run, recovered, _ = chain
-    scores = experiments.with_merge(experiments.score_weights(run))
-    total = sum(weight.numel() for weight in prunable_weights(run.load_model("fine_tuned")).values())
-    for row, criterion in zip(recovered.itertuples(), CRITERIA, strict=True):
-        masks = select(scores[criterion], 0.9)
-        weights = prunable_weights(run.load_model(f"recovered_{criterion}_90"))
-        assert all(torch.equal(weight != 0, masks[name]) for name, weight in weights.items())
-        assert sum(int((weight == 0).sum()) for weight in weights.values()) == round(0.9 * total)
-        assert row.revived == 0
-        assert row.sparsity == pytest.approx(round(0.9 * total) / total)
-
-
-def test_what_a_recovery_reports_is_true_of_the_model_that_it_saved(chain):
-    run, recovered, _ = chain
-    data = experiments.dataset(run, "validation")
-    for row in recovered.itertuples():
-        model = run.load_model(f"recovered_{row.criterion}_90")
-        weights = prunable_weights(model).values()
-        zeros, total = sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
-        assert row.accuracy == evaluate_accuracy(model, data)
-        assert zeros == round(0.9 * total)
-        assert row.sparsity == pytest.approx(zeros / total)
-        assert row.revived == 0
-
-
-def test_the_dense_control_had_the_same_extra_steps_as_every_recovery(chain):
-    run, *_ = chain
-    names = ["fine_tuned_extra", *(f"recovered_{criterion}_90" for criterion in CRITERIA)]
-    assert [experiments.read_history(run, name)["steps"].iloc[-1] for name in names] == [3] * 5
-
-
-def test_the_sparse_model_computes_what_the_recovered_one_does(chain):
-    run, *_ = chain
-    sparse, dense = (experiments.split_logits(run, f"{kind}_merged_90", "test") for kind in ("sparse", "recovered"))
-    # float32 sums of at most 128 terms in another order, through two blocks.
-    np.testing.assert_allclose(sparse, dense, atol=1e-4)
-
-
-def test_students_have_fewer_layers_and_follow_the_best_of_the_scan(chain):
-    run, _, students = chain
+def test_students_have_fewer_layers_and_follow_the_best_of_the_scan(study):
+    students = study.students
     assert students["layers"].tolist() == [1, 1, 1]
     assert students["alpha"].tolist() == [0.5, 1.0, 0.5]
     assert students["from_teacher"].tolist() == [True, True, False]
     assert students["temperature"].tolist() == [2.0] * 3
     for row in students.itertuples():
-        model = run.load_model(row.model)
+        model = study.run.load_model(row.model)
         assert len(blocks(model)) == 1
-        assert row.accuracy == evaluate_accuracy(model, experiments.dataset(run, "validation"))
+        assert row.accuracy == evaluate_accuracy(model, experiments.dataset(study.run, "validation"))
 
 
-def test_a_student_of_the_labels_alone_is_one_that_plain_training_gives(chain):
-    run, *_ = chain
+def test_a_student_of_the_labels_alone_is_one_that_plain_training_gives(study):
+    run = study.run
     student = create_student(run.load_model("fine_tuned"), 1, run.seed)
     train(
         student,
@@ -238,65 +122,66 @@ def test_a_student_of_the_labels_alone_is_one_that_plain_training_gives(chain):
 # --- what is not done twice ---
 
 
-def test_a_second_call_finds_everything_and_trains_nothing(chain, monkeypatch):
-    run, recovered, students = chain
-    before = created(run)
+def test_a_second_call_finds_everything_and_computes_nothing(study, monkeypatch):
+    before = [created(one) for one in experiments.runs_of(study.run)]
 
     def never(*_, **__):
-        raise AssertionError("trained again")
+        raise AssertionError("computed again")
 
-    monkeypatch.setattr(experiments, "train", never)
-    monkeypatch.setattr(experiments, "predict_logits", never)
-    again = open_run(get_profile("smoke", **SETTINGS), 0)
-    curve = experiments.finetune_model(again)
-    assert curve["steps"].tolist() == [6]
-    pd.testing.assert_frame_equal(experiments.recover_all(again), recovered)
-    pd.testing.assert_frame_equal(experiments.distil_all(again), students)
-    experiments.sparsify(again, "merged", 0.9)
-    assert created(run) == before
-
-
-@pytest.fixture
-def elsewhere(in_own_root, tmp_path):
-    """Another empty root, for runs that are changed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NBHELPERS_ROOT", str(tmp_path))
-        yield tmp_path
+    for module in (experiments, pruning):
+        monkeypatch.setattr(module, "train", never)
+        monkeypatch.setattr(module, "predict_logits", never)
+    monkeypatch.setattr(pruning, "calibrate", never)
+    again = open_run(dataclasses.replace(study.run.profile), 0)
+    assert experiments.finetune_model(again)["steps"].tolist() == [6]
+    pd.testing.assert_frame_equal(pruning.recover_all(again), study.recovered)
+    pd.testing.assert_frame_equal(experiments.distil_all(again), study.students)
+    pruning.pruned_curves(again)
+    pruning.sparsify(again, study.best, 0.9)
+    pruning.compact_model(again, 0.5)
+    assert [created(one) for one in experiments.runs_of(again)] == before
 
 
-def test_a_changed_setting_trains_again_what_depends_on_it_and_nothing_else(elsewhere):
+def test_a_changed_setting_trains_again_what_depends_on_it_and_nothing_else(workspace):
     def made(**changes):
-        run = open_run(get_profile("smoke", **SETTINGS | changes), 0)
+        run = new_run(**changes)
         experiments.finetune_model(run)
-        experiments.train_control(run)
+        pruning.train_control(run)
         return created(run)
 
+    def changed(before, after):
+        return {name for name in before | after if after.get(name) != before.get(name)}
+
     first = made()
-    control = {"fine_tuned_extra", "logits_fine_tuned_extra_validation"}
-    assert set(first) == {"pretrained", "fine_tuned", *control}
+    recovery = {"recovery_rates", "fine_tuned_extra", "logits_fine_tuned_extra_validation"}
+    scores = {"calibration", *(f"scores_{name}" for name in pruning.MAIN)}
+    assert set(first) == {"pretrained", "fine_tuned"} | scores | recovery
     assert made() == first
-    recovery = made(recovery_steps=2)
-    assert {name for name in first if recovery[name] != first[name]} == control
+    steps = made(recovery_steps=2)
+    assert changed(first, steps) == recovery
     longer = made(recovery_steps=2, epochs=2)
-    assert {name for name in first if longer[name] != recovery[name]} == {"fine_tuned", *control}
-    measured = made(recovery_steps=2, epochs=2, latency_repeats=7, student_layers=(2,))
+    assert changed(steps, longer) == {"fine_tuned"} | scores | recovery
+    measured = made(recovery_steps=2, epochs=2, latency_repeats=7, student_layers=(2,), seeds=3)
     assert measured == longer, "what a model does not depend on does not train it again"
-    dropout = made(recovery_steps=2, epochs=2, dropout=0.2)
-    assert not {name for name in first if dropout[name] == longer[name]}
+    rates = made(recovery_steps=2, epochs=2, recovery_learning_rates=(2e-3,))
+    assert changed(longer, rates) == recovery
+    assert changed(rates, made(recovery_steps=2, epochs=2, dropout=0.2)) == set(first)
 
 
-def test_another_seed_is_another_run(chain):
-    run, *_ = chain
-    other = open_run(run.profile, 1)
-    before = created(run)
-    experiments.save_pretrained_model(other)
-    assert other.models() == ["pretrained"]
-    assert created(run) == before
-    assert not torch.equal(other.load_model("pretrained").score.weight, run.load_model("pretrained").score.weight)
+def test_another_seed_is_another_run_of_the_same_test_reviews(study):
+    first, second = experiments.runs_of(study.run)
+    assert first.artifacts != second.artifacts
+    heads = [one.load_model("pretrained").score.weight for one in (first, second)]
+    assert not torch.equal(*heads)
+    trained = [prunable_weights(one.load_model("fine_tuned")) for one in (first, second)]
+    assert not any(torch.equal(weight, trained[1][name]) for name, weight in trained[0].items())
+    for split in ("validation", "test"):
+        texts = [experiments.reviews_of(one.profile, one.seed)[split]["text"][:] for one in (first, second)]
+        assert texts[0] == texts[1], "answers of seeds are paired review by review"
 
 
-def test_an_interrupted_training_leaves_no_artefact(elsewhere, monkeypatch):
-    run = open_run(get_profile("smoke", **SETTINGS), 0)
+def test_an_interrupted_training_leaves_no_artefact(workspace, monkeypatch):
+    run = new_run()
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -313,8 +198,8 @@ def test_an_interrupted_training_leaves_no_artefact(elsewhere, monkeypatch):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_split_logits_are_the_models_own_in_the_order_of_the_reviews(chain, split):
-    run, *_ = chain
+def test_split_logits_are_the_models_own_in_the_order_of_the_reviews(study, split):
+    run = study.run
     found = experiments.split_logits(run, "fine_tuned", split)
     model, texts = run.load_model("fine_tuned"), list(load_reviews(run.profile, run.seed)[split]["text"])
     with torch.inference_mode():
@@ -327,10 +212,10 @@ def test_split_logits_are_the_models_own_in_the_order_of_the_reviews(chain, spli
     np.testing.assert_allclose(found, np.stack(alone), atol=1e-5)
 
 
-def test_predict_gives_the_probability_of_positive_and_agrees_with_the_logits(chain):
-    run, *_ = chain
+def test_predict_gives_the_probability_of_positive_and_agrees_with_the_logits(study):
+    run = study.run
     texts = list(load_reviews(run.profile, run.seed)["test"]["text"])
-    for name in ("fine_tuned", "recovered_merged_90", "sparse_merged_90", "student_distilled_1"):
+    for name in ("fine_tuned", "recovered_merged_90", f"sparse_{study.best}_90", "student_distilled_1"):
         found = run.predict(name, texts)
         assert found.shape == (len(texts),)
         assert ((found >= 0) & (found <= 1)).all()
@@ -338,20 +223,23 @@ def test_predict_gives_the_probability_of_positive_and_agrees_with_the_logits(ch
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_predict_cleans_what_it_is_given_and_does_not_mind_company(chain):
-    run, *_ = chain
-    one = run.predict("fine_tuned", ["A good film &amp; a fine cast."])
-    raw = run.predict("fine_tuned", ["A good<br />film & a fine\n cast.", "", "<|pad|> " * 40])
+def test_predict_cleans_what_it_is_given_and_does_not_mind_company(study):
+    one = study.run.predict("fine_tuned", ["A good film &amp; a fine cast."])
+    raw = study.run.predict("fine_tuned", ["A good<br />film & a fine\n cast.", "", "<|pad|> " * 40])
     np.testing.assert_allclose(raw[0], one[0], atol=1e-6)
     assert np.isfinite(raw).all()
 
 
-def test_the_reviews_that_a_model_gets_right_are_those_that_it_predicts_right_one_by_one(chain):
-    run, *_ = chain
-    reviews = load_reviews(run.profile, run.seed)["validation"]
-    expected = [(run.predict("fine_tuned", [row["text"]])[0] > 0.5) == row["label"] for row in reviews]
-    assert experiments.answers_right(run, "fine_tuned", "validation").tolist() == expected
-    assert experiments.validation_accuracy(run, "fine_tuned") == pytest.approx(np.mean(expected))
+def test_the_reviews_that_a_model_gets_right_are_those_that_it_predicts_right(study):
+    found, expected = experiments.right_over_seeds(study.run, "fine_tuned", "validation"), []
+    for one in experiments.runs_of(study.run):
+        reviews = load_reviews(one.profile, one.seed)["validation"]
+        chances = one.predict("fine_tuned", reviews["text"][:])
+        expected.append([(p > 0.5) == (label == 1) for p, label in zip(chances, reviews["label"], strict=True)])
+        assert experiments.answers_right(one, "fine_tuned", "validation").tolist() == expected[-1]
+        assert experiments.validation_accuracy(one, "fine_tuned") == pytest.approx(np.mean(expected[-1]))
+    assert found.dtype == bool
+    assert found.tolist() == expected
 
 
 def test_probabilities_are_a_softmax_that_temperature_softens():
@@ -361,80 +249,10 @@ def test_probabilities_are_a_softmax_that_temperature_softens():
     np.testing.assert_allclose(experiments.probabilities(logits, 2.0)[0, 1], 3**0.5 / (1 + 3**0.5))
 
 
-# --- comparison ---
-
-
-def test_the_comparison_has_a_row_a_model_and_the_columns_of_the_contract(chain):
-    run, *_ = chain
-    names = experiments.compared_models(run)
-    assert names == [
-        "fine_tuned",
-        "fine_tuned_extra",
-        *(f"recovered_{criterion}_90" for criterion in CRITERIA),
-        "sparse_merged_90",
-        "compact_merged_50",
-        "student_distilled_1",
-        "student_labels_only_1",
-        "student_distilled_random_1",
-    ]
-    table = experiments.comparison_table(run, names)
-    required = (
-        "model accuracy accuracy_low accuracy_high f1 total_parameters active_parameters encoder_sparsity file_bytes "
-        "latency_ms speedup peak_memory_bytes p_value"
-    )
-    assert set(required.split()) <= set(table.columns)
-    assert table["model"].tolist() == names
-    numbers = table.drop(columns="model").to_numpy(dtype=float)
-    assert np.isfinite(numbers).all()
-    table = table.set_index("model")
-    assert table.loc["fine_tuned", ["speedup", "p_value"]].tolist() == [1.0, 1.0]
-    labels = np.array(load_reviews(run.profile, run.seed)["test"]["label"])
-    right = {
-        name: (run.predict(name, experiments.reviews_of(run.profile, 0)["test"]["text"]) > 0.5) == labels
-        for name in names
-    }
-    for name in names:
-        assert table.loc[name, "accuracy"] == pytest.approx(right[name].mean())
-        assert table.loc[name, "p_value"] == pytest.approx(mcnemar(right[name], right["fine_tuned"]))
-    dense, pruned = run.load_model("fine_tuned"), run.load_model("recovered_merged_90")
-    total = sum(parameter.numel() for parameter in dense.parameters())
-    assert table.loc["fine_tuned", "total_parameters"] == total
-    dropped = sum(int((weight == 0).sum()) for weight in prunable_weights(pruned).values())
-    gone = table["total_parameters"] - table["active_parameters"]
-    assert gone["recovered_merged_90"] == dropped
-    # In matrices as small as these some neurons have nothing left; their biases and last weights go as well.
-    assert dropped <= gone["sparse_merged_90"] < 1.05 * dropped
-    for name in ("recovered_merged_90", "sparse_merged_90"):
-        assert table.loc[name, "encoder_sparsity"] == pytest.approx(0.9, abs=0.03)
-    assert table.loc["student_distilled_1", "total_parameters"] < total
-    weights = run.folder("fine_tuned") / "model.safetensors"
-    assert table.loc["fine_tuned", "file_bytes"] == weights.stat().st_size, "gradients beside the model do not count"
-    assert table.loc["sparse_merged_90", "file_bytes"] < table.loc["fine_tuned", "file_bytes"]
-
-
-def test_a_comparison_without_its_models_says_which_notebook_to_run(elsewhere):
-    run = open_run(get_profile("smoke", **SETTINGS), 0)
-    with pytest.raises(WorkspaceError, match=r"fine_tuned is missing .* run notebook 01"):
-        experiments.compared_models(run)
-    with pytest.raises(WorkspaceError, match="run notebook 03"):
-        experiments.best_criterion(run)
-
-
-def test_the_best_criterion_and_its_masks_come_from_the_results(chain):
-    run, *_ = chain
-    run.record("pruning", best_criterion="movement")
-    assert experiments.best_criterion(run) == "movement"
-    expected = select(experiments.score_weights(run)["movement"], 0.7)
-    found = experiments.masks_of(run, 0.7)
-    assert all(torch.equal(mask, found[name]) for name, mask in expected.items())
-    run.record("pruning", best_criterion="merged")
-
-
-def test_a_latency_batch_spreads_over_the_lengths_of_the_test_reviews(chain):
-    run, *_ = chain
-    rows = experiments.dataset(run, "test").input_ids
-    batch = experiments.latency_batch(run, 4)["input_ids"]
-    pad = load_tokenizer(run.profile).pad_token_id
+def test_a_latency_batch_spreads_over_the_lengths_of_the_test_reviews(study):
+    rows = experiments.dataset(study.run, "test").input_ids
+    batch = experiments.latency_batch(study.run, 4)["input_ids"]
+    pad = load_tokenizer(study.run.profile).pad_token_id
     lengths = (batch != pad).sum(1).tolist()
     assert lengths == [sorted(map(len, rows))[place] for place in (3, 9, 15, 21)]
     assert all(row[row != pad].tolist() in rows for row in batch)
@@ -455,38 +273,73 @@ def test_the_baseline_learns_words_and_word_pairs():
     assert "not good" in model[0].vocabulary_
 
 
-# --- from the command line ---
+def test_the_baselines_logits_are_those_of_a_fit_on_the_training_reviews(study):
+    parts = load_reviews(study.run.profile, study.run.seed)
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    train_rows = vectorizer.fit_transform(parts["train"]["text"][:])
+    fitted = LogisticRegression(C=10.0, max_iter=1000).fit(train_rows, parts["train"]["label"][:])
+    expected = fitted.predict_proba(vectorizer.transform(parts["test"]["text"][:]))
+    found = experiments.probabilities(experiments.split_logits(study.run, "tfidf", "test"))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def command(monkeypatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["training", *words])
-    experiments.main()
+# --- the test part ---
 
 
-def test_the_command_leaves_the_artefact_that_the_notebook_finds(elsewhere, monkeypatch, capsys):
-    words = [word for field, value in SETTINGS.items() for word in ("--set", f"{field}={value}")]
-    command(monkeypatch, "finetune", "--profile", "smoke", *words)
-    assert "accuracy" in capsys.readouterr().out
-    run = open_run(get_profile("smoke", **SETTINGS), 0)
-    monkeypatch.setattr(experiments, "train", lambda *_, **__: pytest.fail("trained again"))
-    experiments.finetune_model(run)
+def test_the_test_reviews_answer_no_model_that_is_not_declared(study):
+    with pytest.raises(WorkspaceError, match=r"pretrained is not declared for the test reviews, .* use validation"):
+        experiments.split_logits(study.run, "pretrained", "test")
+    with pytest.raises(WorkspaceError, match="not declared"):
+        experiments.right_over_seeds(study.run, f"structured_{study.best}_50", "test")
+    assert len(experiments.split_logits(study.run, "pretrained", "validation")) == 16
+    assert len(experiments.split_logits(study.run, "fine_tuned", "test")) == 24
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--profile", "nonsense"], "no profile 'nonsense'"),
-        (["--set", "epochs=banana"], "epochs is 'banana'"),
-        (["--set", "no_such_field=1"], "no field 'no_such_field'"),
-        (["--set", "data=/no/such/file.csv"], "'/no/such/file.csv' does not exist"),
-        (["--set", "model=/no/such/folder"], "'/no/such/folder' does not exist"),
-        (["--seed", "-1"], "seed is -1"),
-    ],
-)
-def test_a_wrong_argument_is_one_line_and_writes_nothing(elsewhere, monkeypatch, words, message):
-    with pytest.raises(SystemExit) as caught:
-        command(monkeypatch, "finetune", *(["--profile", "smoke"] if "--profile" not in words else []), *words)
-    assert str(caught.value).startswith("error: ")
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not [path for path in elsewhere.rglob("*") if path.is_file() and "pretrained" not in path.parts]
+def test_the_test_part_is_opened_once_a_study(workspace):
+    run = new_run()
+    assert experiments.test_record(run)["models"] == []
+    first = experiments.open_test(run, ["fine_tuned", "student"])
+    assert (first["models"], first["reasons"], first["studies"]) == (["fine_tuned", "student"], [], 1)
+    assert experiments.open_test(run, ["student", "fine_tuned"]) == first
+    assert experiments.open_test(run, ["student"]) == first
+    assert experiments.test_record(run) == first
+    with pytest.raises(WorkspaceError, match=r"another.*again='the reason'"):
+        experiments.open_test(run, ["fine_tuned", "another"])
+    assert experiments.test_record(run) == first, "what was refused leaves nothing"
+    later = experiments.open_test(run, ["another"], again="the recipe had a bug")
+    assert later["models"] == ["fine_tuned", "student", "another"]
+    assert later["reasons"] == ["the recipe had a bug"]
+    assert experiments.open_test(run, ["more"], again="and one more")["reasons"] == [
+        "the recipe had a bug",
+        "and one more",
+    ]
+    assert experiments.test_record(run)["studies"] == 1
+
+
+def test_other_settings_are_another_study_and_the_studies_are_counted(workspace):
+    first = experiments.open_test(new_run(), ["fine_tuned"])
+    assert first["studies"] == 1
+    other = new_run(recovery_steps=2)
+    assert experiments.test_record(other)["models"] == []
+    with pytest.raises(WorkspaceError, match="not declared"):
+        experiments.split_logits(other, "fine_tuned", "test")
+    assert experiments.test_record(new_run())["models"] == ["fine_tuned"], "asking is no study"
+    assert experiments.open_test(other, ["another"])["studies"] == 2
+    assert experiments.open_test(other, ["another"])["studies"] == 2
+    with pytest.raises(WorkspaceError, match="another"):
+        experiments.open_test(new_run(), ["another"])
+    assert experiments.open_test(new_run(), ["fine_tuned"])["studies"] == 2, "whoever goes back finds what was declared"
+
+
+def test_other_code_is_another_study(workspace, monkeypatch):
+    experiments.open_test(new_run(), ["fine_tuned"])
+    monkeypatch.setattr(experiments, "code_fingerprint", lambda *modules: "other")
+    assert experiments.open_test(new_run(), ["fine_tuned"])["studies"] == 2
+
+
+def test_every_seed_keeps_a_record_of_its_own(study):
+    first, second = (experiments.test_record(one) for one in experiments.runs_of(study.run))
+    recovered = [experiments.model_name("recovered", c, s) for c, s in pruning.recoveries(study.run)]
+    assert set(second["models"]) == {"fine_tuned", "fine_tuned_extra", *recovered}
+    assert set(first["models"]) == {*second["models"], *comparison.compared_models(study.run), "tfidf"}
+    assert (first["studies"], second["studies"]) == (1, 1)

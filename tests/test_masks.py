@@ -1,22 +1,27 @@
-"""Masks: exactly k weights fall, the same ones as in a full sort, and they stay zero."""
+"""Masks: exactly k weights fall, the same ones as in a full sort, they stay zero, and are recorded on the way."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from nbhelpers.masks import (
+    FlaggedSets,
     GradualKeeper,
     MaskKeeper,
     apply_masks,
     cubic_sparsity,
     identify_useless_parameters,
+    pack,
     select,
     sparsity_of,
+    unpack,
 )
 from nbhelpers.models import prunable_weights
+from nbhelpers.statistics import GradientMagnitude
 
 SPARSITIES = [0.0, 1e-9, 0.001, 0.1, 0.25, 1 / 3, 0.5, 0.612, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0]
 
@@ -311,3 +316,85 @@ def test_a_schedule_that_was_cut_short_is_an_error():
         keeper.apply()
     with pytest.raises(RuntimeError, match=r"ended at step 5 of 10, at sparsity 78.* instead of 90.0%"):
         keeper.finish()
+
+
+# --- packed, and recorded along fine-tuning ---
+
+
+def test_packed_masks_come_back_also_where_a_matrix_does_not_fill_its_last_byte():
+    generator = torch.Generator().manual_seed(3)
+    masks = {name: torch.rand(shape, generator=generator) > 0.6 for name, shape in (("a", (8, 24)), ("b", (5, 3)))}
+    bits = pack(masks)
+    assert bits.dtype == torch.uint8
+    assert len(bits) == 8 * 24 // 8 + 2
+    places = "".join(f"{byte:08b}" for byte in bits.tolist())[: 8 * 24 + 5 * 3]
+    assert [place == "0" for place in places] == flat(masks).tolist(), "1 is a dropped weight, the first one on top"
+    found = unpack(bits, {name: torch.empty(mask.shape) for name, mask in masks.items()})
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
+
+
+def train_by_hand(model, observers, steps: int, learning_rate: float = 0.05) -> tuple[list, list]:
+    """Gradient descent on random tokens: the weights after 0, 1, ... steps, and the gradients of each step."""
+    weights, generator = prunable_weights(model), torch.Generator().manual_seed(1)
+    kept, gradients = [[w.detach().clone() for w in weights.values()]], []
+    for step in range(steps):
+        model.zero_grad()
+        ids = torch.randint(1, 20, (1, 6), generator=generator)
+        torch.nn.functional.cross_entropy(model(ids).logits, torch.tensor([step % 2])).backward()
+        gradients.append([w.grad.clone() for w in weights.values()])
+        for observer in observers:
+            observer.after_backward()
+        with torch.no_grad():
+            for weight in weights.values():
+                weight -= learning_rate * weight.grad
+        kept.append([w.detach().clone() for w in weights.values()])
+    return kept, gradients
+
+
+def test_flagged_sets_are_those_of_the_steps_made_so_far_and_the_last_of_the_trained_model():
+    model = tiny_model()
+    gradients = GradientMagnitude(model)
+    observer = FlaggedSets(gradients, 0.7)
+    kept, seen = train_by_hand(model, (observer, gradients), steps=6)
+    tensors, weights = load(save(observer.tensors())), prunable_weights(model)
+    expected = {"0/magnitude"}
+    expected |= {f"{step}/{name}" for step in (1, 2, 4, 6) for name in ("magnitude", "movement", "gradient")}
+    assert set(tensors) == expected
+    for key, bits in tensors.items():
+        step, criterion = int(key.split("/")[0]), key.split("/")[1]
+        scores = {
+            "magnitude": lambda step: [w.abs() for w in kept[step]],
+            "movement": lambda step: [(w - start).abs() for w, start in zip(kept[step], kept[0], strict=True)],
+            "gradient": lambda step: [sum(g.abs() for g in parts) / step for parts in zip(*seen[:step], strict=True)],
+        }[criterion](step)
+        expected = sorted_reference(dict(enumerate(scores)), 0.7)
+        assert np.array_equal(flat(unpack(bits, weights)), expected), key
+
+
+def test_the_last_set_is_recorded_once_where_the_number_of_steps_is_a_power_of_two():
+    model = tiny_model()
+    gradients = GradientMagnitude(model)
+    observer = FlaggedSets(gradients, 0.5)
+    kept, _ = train_by_hand(model, (observer, gradients), steps=4)
+    steps = sorted({int(key.split("/")[0]) for key in observer.tensors()})
+    assert steps == [0, 1, 2, 4]
+    found = unpack(observer.tensors()["4/magnitude"], prunable_weights(model))
+    assert np.array_equal(flat(found), sorted_reference({i: w.abs() for i, w in enumerate(kept[4])}, 0.5))
+
+
+def test_a_movement_that_has_not_begun_is_left_out():
+    model = tiny_model()
+    gradients = GradientMagnitude(model)
+    observer = FlaggedSets(gradients, 0.5)
+    train_by_hand(model, (observer, gradients), steps=2, learning_rate=0.0)
+    assert set(observer.tensors()) == {
+        *(f"{step}/magnitude" for step in (0, 1, 2)),
+        *(f"{step}/gradient" for step in (1, 2)),
+    }
+
+
+def test_an_observer_behind_the_gradients_it_reads_is_refused():
+    model = tiny_model()
+    gradients = GradientMagnitude(model)
+    with pytest.raises(RuntimeError, match="in this order: FlaggedSets"):
+        train_by_hand(model, (gradients, FlaggedSets(gradients, 0.5)), steps=1)

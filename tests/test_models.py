@@ -1,8 +1,9 @@
-"""Models: which weights may be pruned, students, saving and loading, errors."""
+"""Models: which weights may be pruned, students, saving and loading, predictions, errors."""
 
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -15,13 +16,22 @@ from transformers import (
 )
 
 from nbhelpers import models
-from nbhelpers.models import MINI, ModelError, create_model, create_student, prunable_weights
+from nbhelpers.models import (
+    MINI,
+    ModelError,
+    create_model,
+    create_student,
+    predict_logits,
+    prunable_weights,
+    stored_in_out,
+)
 from nbhelpers.profiles import get_profile
 
 
-def tiny_gpt2(layers: int = 2) -> GPT2ForSequenceClassification:
+def tiny_gpt2(layers: int = 2, spread: float = 0.02) -> GPT2ForSequenceClassification:
     torch.manual_seed(0)
     sizes = {"n_embd": 8, "n_layer": layers, "n_head": 2, "n_positions": 16, "vocab_size": 20}
+    sizes["initializer_range"] = spread
     return GPT2ForSequenceClassification(GPT2Config(**sizes, pad_token_id=0, num_labels=2)).eval()
 
 
@@ -51,6 +61,16 @@ def test_prunable_weights_of_gpt2_are_the_four_matrices_of_each_block():
     }
     parameters = dict(model.named_parameters())
     assert all(weight is parameters[name] for name, weight in found.items()), "the parameters themselves, not copies"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_way_in_which_a_weight_is_stored_is_told_from_what_its_layer_computes(family):
+    model = {"gpt2": tiny_gpt2, "llama": tiny_llama}[family]()
+    for name, weight in prunable_weights(model).items():
+        inputs = weight.shape[0 if stored_in_out(model, name) else 1]
+        x, layer = torch.randn(3, inputs), model.get_submodule(name.removesuffix(".weight"))
+        product = x @ weight if stored_in_out(model, name) else x @ weight.t()
+        torch.testing.assert_close(layer(x), product + (layer.bias if layer.bias is not None else 0))
 
 
 def test_prunable_weights_of_llama_are_the_seven_matrices_of_each_block():
@@ -253,3 +273,36 @@ def test_a_tokenizer_larger_than_the_embeddings_is_an_error(local_folder):
     (local_folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"100 embeddings, its tokenizer \d+ tokens: they do not belong together"):
         models.check_model(get_profile("quick", model=str(local_folder), max_tokens=64))
+
+
+# --- prediction ---
+
+
+@pytest.fixture
+def token_rows() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(1, 20, length).tolist() for length in rng.permutation(np.arange(1, 17))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_logits_come_in_the_order_of_the_reviews_whatever_the_batches(token_rows, batch_size):
+    model = tiny_gpt2(spread=0.3).train()
+    found = predict_logits(model, token_rows, batch_size)
+    assert found.shape == (16, 2)
+    assert found.dtype == np.float32
+    assert not model.training, "dropout must be off"
+    with torch.inference_mode():
+        alone = np.concatenate([model(input_ids=torch.tensor([row])).logits.numpy() for row in token_rows])
+    # float32 products of width 8 to 32 in another order: a few 1e-7.
+    np.testing.assert_allclose(found, alone, atol=1e-5)
+    assert np.ptp(alone[:, 0]) > 0.1, "rows that are all alike would show no order"
+
+
+def test_no_reviews_and_logits_that_are_not_finite_are_errors(token_rows):
+    model = tiny_gpt2()
+    with pytest.raises(ValueError, match="there are no reviews to predict"):
+        predict_logits(model, [])
+    with torch.no_grad():
+        model.score.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        predict_logits(model, token_rows)

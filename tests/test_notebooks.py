@@ -1,6 +1,8 @@
 """The committed notebooks: their form, and all six through the pipeline at profile smoke."""
 
+import datetime
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -10,11 +12,15 @@ import nbformat
 import pandas as pd
 import pytest
 
+from nbhelpers import page
+from nbhelpers.experiments import runs_of
 from nbhelpers.profiles import get_profile
-from nbhelpers.stages import NOTEBOOKS, STAGES, broken_promises, parameters_of
+from nbhelpers.stages import NOTEBOOKS, STAGES, artifacts, broken_promises, parameters_of, promised_files
 from nbhelpers.workspace import open_run
 
 PROJECT = Path(__file__).parent.parent
+# What nobody wants to wait for in a notebook that --jobs has prepared.
+HEAVY = ("fine_tuned", "calibration", "scores_", "pruned_", "recover", "gradual", "taught", "structured_", "student_")
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 pytestmark = pytest.mark.skipif(not PATHS, reason="the folder notebooks/ has no notebooks yet")
 
@@ -75,13 +81,18 @@ def test_it_begins_with_a_title_and_a_question(notebook):
 # --- all six, once ---
 
 
+def run_smoke(root, here):
+    """The pipeline with profile smoke, which has two seeds, and two processes for what is heavy."""
+    environment = os.environ | {"NBHELPERS_ROOT": str(root), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-m", "nbhelpers.pipeline", "--profile", "smoke", "--jobs", "2"]
+    return subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     """A smoke run of all notebooks from the command line, started in another folder: its workspace and its output."""
     root = tmp_path_factory.mktemp("smoke")
-    environment = os.environ | {"NBHELPERS_ROOT": str(root), "PYTHONPATH": str(PROJECT)}
-    command = [sys.executable, "-P", "-m", "nbhelpers.pipeline", "--profile", "smoke"]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    done = run_smoke(root, root)
     assert done.returncode == 0, done.stderr
     return root, done
 
@@ -96,8 +107,19 @@ def test_the_terminal_gets_a_line_a_notebook(executed):
     _, done = executed
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[2:8]] == sorted(STAGES)
-    assert len(lines) <= 14
+    count = int(re.fullmatch(r"(\d+) heavy computations first, 2 at a time; the notebooks then find them", lines[2])[1])
+    cells, rest = lines[3 : 3 + count], lines[3 + count :]
+    assert all(re.fullmatch(r" +\d+\.\d min  [\w.-]+ +\d+\.\d s", line) for line in cells)
+    assert [line.split()[0] for line in rest[:6]] == sorted(STAGES)
+    assert len(rest) <= 11
+
+
+def test_the_notebooks_find_what_the_cells_have_computed(run):
+    begun = (run.reports / "figures" / "01_lengths.png").stat().st_mtime
+    heavy = [r for one in runs_of(run) for r in artifacts(one).values() if r["name"].startswith(HEAVY)]
+    assert {r["seed"] for r in heavy} == {0, 1} and {r["name"] for r in heavy} >= {"fine_tuned", "student_distilled_1"}
+    late = [r["name"] for r in heavy if datetime.datetime.fromisoformat(r["created"]).timestamp() > begun]
+    assert late == []
 
 
 def test_every_promise_is_kept_and_nothing_unpromised_is_written(run):
@@ -105,8 +127,10 @@ def test_every_promise_is_kept_and_nothing_unpromised_is_written(run):
         assert broken_promises(run, stage) == []
     figures = {path.stem for path in (run.reports / "figures").iterdir()}
     tables = {path.stem for path in (run.reports / "tables").iterdir()}
-    assert figures == {name for stage in STAGES.values() for name in stage.figures}
-    assert tables == {name for stage in STAGES.values() for name in stage.tables}
+    promised = [path for stage in STAGES.values() for path in promised_files(run, stage)]
+    assert figures == {path.stem for path in promised if path.suffix == ".png"}
+    assert tables == {path.stem for path in promised if path.suffix == ".csv"}
+    assert run.profile.seeds > 1 and {"02_stability", "06_rivals"} <= figures
     assert len(figures) >= 20
     captions = run.results()["captions"]
     assert figures == captions.keys() and all(len(text) > 20 for text in captions.values())
@@ -155,9 +179,16 @@ def test_the_models_of_the_run_can_be_loaded_and_asked(run):
 
 
 def test_a_second_run_skips_everything(executed):
-    root, _ = executed
-    environment = os.environ | {"NBHELPERS_ROOT": str(root), "PYTHONPATH": str(PROJECT)}
-    command = [sys.executable, "-m", "nbhelpers.pipeline", "--profile", "smoke"]
-    done = subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True)
+    done = run_smoke(executed[0], PROJECT)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("up to date") == len(STAGES)
+    assert done.stdout.count("up to date") == len(STAGES) and "heavy" not in done.stdout
+
+
+def test_the_page_and_the_readme_show_the_finding(run, tmp_path):
+    finding = page.finding(run.results())
+    assert "2 seeds" in finding and finding.count("\n- **") >= 5
+    assert "<h2>The finding</h2>" in (run.reports / "index.html").read_text()
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{page.START}\n{page.END}\n")
+    page.write_readme(run, readme)
+    assert finding in readme.read_text() and "TF-IDF" in readme.read_text()

@@ -6,15 +6,20 @@ import html.parser
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import nbformat
+import pandas as pd
 import pytest
 
-from nbhelpers import execution, page, pipeline, stages
+from nbhelpers import execution, grid, page, pipeline, stages
+from nbhelpers.comparison import finding_text
 from nbhelpers.pipeline import main
 from nbhelpers.profiles import get_profile
 from nbhelpers.stages import Stage
@@ -202,6 +207,41 @@ def test_list_says_fresh_missing_and_stale_with_the_reason(call, workspace, note
     assert runs(workspace) == ["01_first", "02_second", "01_first"]
 
 
+def test_jobs_compute_the_cells_of_what_is_not_fresh_first(call, workspace, monkeypatch):
+    computed = []
+    monkeypatch.setattr(grid, "run_grid", lambda run, jobs, notebooks: computed.append((jobs, notebooks)))
+    code, out, err = call("--jobs", "3", "--set", "epochs=2")
+    assert (code, err, computed) == (0, "", [(3, ["01", "02"])])
+    assert out.splitlines()[2] == "4 heavy computations first, 3 at a time; the notebooks then find them"
+    (workspace / "reports" / "smoke" / "tables" / "second.csv").unlink()
+    call("--jobs", "3", "--set", "epochs=2")
+    assert computed[1:] == [(3, ["02"])]
+    code, out, _ = call("--jobs", "3", "--set", "epochs=2")
+    assert code == 0 and "heavy" not in out and len(computed) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (grid.GridError("cell score-0: KeyError: 'x'"), 1, "cell score-0: KeyError: 'x'\n"),
+        (KeyboardInterrupt(), 130, "interrupted before the first notebook; "),
+    ],
+)
+def test_a_grid_that_does_not_end_well_says_how_to_go_on(call, monkeypatch, error, code, said):
+    monkeypatch.setattr(grid, "run_grid", Mock(side_effect=error))
+    found, _, err = call("--jobs", "2", "--from", "01")
+    assert found == code
+    assert err == f"error: {said}go on with: ./run_all.sh --profile smoke --jobs 2 --from 01\n"
+
+
+def test_the_grid_is_listed_with_the_same_settings(call, workspace):
+    code, out, err = call("--list", "--grid", "--seed", "4", "--set", "data=a b")
+    assert (code, err) == (0, "") and not list(workspace.iterdir())
+    lines = [shlex.split(line) for line in out.splitlines() if not line.startswith("#")]
+    words = ["-m", "nbhelpers.grid", "--profile", "smoke", "--seed", "4", "--set"]
+    assert lines[0] == [sys.executable, *words, "data=a b", "--cell", "finetune-4"]
+
+
 def test_prose_in_a_notebook_does_not_make_it_stale(call, notebooks):
     call()
     path = notebooks / "01_first.ipynb"
@@ -304,6 +344,15 @@ def test_a_broken_promise_is_found(workspace, change, complaint):
     assert len(faults) == 1 and complaint in faults[0]
 
 
+def test_a_table_may_have_no_rows_where_its_stage_says_so(workspace):
+    run, stage = open_run(get_profile("smoke")), Stage("01_first", "?", tables=("a", "b"), gaps=("a", "b.x"))
+    for name in "ab":
+        run.save_table(name, pd.DataFrame({"x": [], "y": []}))
+    assert stages.broken_promises(run, stage) == ["tables/b.csv has no rows"]
+    run.save_table("b", pd.DataFrame({"x": [1.0, None], "y": [1.0, 2.0]}))
+    assert stages.broken_promises(run, stage) == []
+
+
 def test_what_an_earlier_run_left_does_not_pass_for_new(call, notebooks):
     call()
     write_notebook(notebooks, "01_first", "1 + 1")
@@ -337,7 +386,10 @@ def test_a_dead_kernel_is_reported(call):
         (["--only", "09"], "no notebook '09': there are 01, 02"),
         (["--from", "nine"], "no notebook 'nine'"),
         (["--only", "01", "--from", "02"], "exclude each other"),
-        (["--jobs", "2"], "one job"),
+        (["--jobs", "0"], "--jobs is 0"),
+        (["--jobs", "two"], "--jobs"),
+        (["--grid"], "--grid goes with --list"),
+        (["--jobs", "2", "--force"], "--force and --jobs exclude each other: delete"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--only", "02"], "02_second needs 01: run notebook 01 first (./run_all.sh --profile smoke --only 01)"),
     ],
@@ -445,11 +497,25 @@ MODEL = {"accuracy": 0.9, "accuracy_low": 0.88, "accuracy_high": 0.92, "speedup"
 MODEL |= {"encoder_sparsity": 0.0, "p_value": 1.0, "model": "fine_tuned"}
 
 
+GAP = {"difference": -0.029, "low": -0.052, "high": -0.005, "p_value": 0.021, "p_adjusted": 0.04, "n": 1000, "seeds": 2}
+COUNTED = {"tfidf": MODEL | {"accuracy": 0.862, "seeds": 2}, "against_tfidf": GAP}
+FINDING = {
+    "seeds": 2,
+    "test_reviews": 1000,
+    "sparsity": 0.9,
+    "best": "merged",
+    "single": "movement",
+    "comparator_name": "movement_first_order",
+    "leaders": [{"sparsity": 0.9, "best": "merged", "second": "<wanda>", "accuracy": 0.9} | GAP],
+    **dict.fromkeys(("merge", "comparator", "control", "kept"), GAP),
+    "recovery": {"before": 0.7, "after": 0.8},
+    "dense": {"accuracy": 0.9},
+}
+
+
 @pytest.fixture
 def compared(workspace):
     """A run that has the results of notebook 06."""
-    import pandas as pd
-
     run = open_run(get_profile("smoke"))
     sparse = MODEL | {
         "accuracy": 0.875,
@@ -458,7 +524,8 @@ def compared(workspace):
         "encoder_sparsity": 0.9,
         "model": "sparse",
     }
-    run.record("comparison", test_reviews=1000, dense=MODEL, sparse=sparse, student=MODEL)
+    run.record("comparison", test_reviews=1000, dense=MODEL, sparse=sparse, student=MODEL, **COUNTED)
+    run.record("finding", **FINDING)
     run.record("captions", **{name: f"Caption of {name}" for name in page.README_FIGURES})
     run.save_table("comparison", pd.DataFrame([MODEL, sparse | {"p_value": 0.0001}]))
     (run.reports / "figures").mkdir()
@@ -479,9 +546,47 @@ def test_the_readme_is_rewritten_between_its_markers_only(compared, tmp_path):
     assert "1,000 test reviews the fine-tuned model gets 90.0 % (88.0 to 92.0) right" in plain
     assert "runs 2.2 times as fast and takes 2.50 MB on disk instead of 7.00" in plain
     assert all(f"](reports/smoke/figures/{name}.png)" in once for name in page.README_FIGURES)
+    assert (
+        "gets 86.2 %; against it the fine-tuned model is at -2.9 points (-5.2 to -0.5, p = 0.021; over 2 seeds)."
+        in plain
+    )
+    assert f"\n### The finding\n\n{finding_text(FINDING)}\n\n!" in once
     rows = [line for line in plain.splitlines() if line.startswith("|")]
+    assert "Models of the first seed; profile `smoke`, seeds 0 to 1, cpu" in once and "The default run" not in once
     assert len(rows) == 4 and len({row.count("|") for row in rows}) == 1
     assert rows[3].startswith("| sparse | 87.5 % (88.0 to 92.0) |") and rows[3].endswith("| < 0.001 |")
+
+
+def test_the_readme_leads_with_thorough_once_it_has_a_finding(compared, workspace, tmp_path, monkeypatch):
+    path = tmp_path / "README.md"
+    path.write_text(f"{page.START}\n{page.END}\n")
+    monkeypatch.setattr(page, "README", path)
+    monkeypatch.setattr(page.write_readme, "__defaults__", (path,))
+    monkeypatch.setattr(sys, "argv", ["page", "readme"])
+    reports = workspace / "reports"
+    (reports / "smoke").rename(reports / "quick")
+    page.main()
+    assert "Profile `quick`, seed 0" in path.read_text().replace("profile", "Profile")
+    assert "The default run" not in path.read_text()
+    shutil.copytree(reports / "quick", reports / "thorough")
+    page.main()
+    first, second = path.read_text().split("### The default run")
+    assert "reports/thorough/figures/06_rivals.png" in first and "profile `thorough`, seeds 0 to 2" in first
+    assert "The default run, profile `quick`, seed 0, cpu" in second and "reports/" not in second
+    assert "| model | accuracy | sparsity | file, MB | speed-up | p |" in second
+    results = json.loads((reports / "thorough" / "results.json").read_text())
+    del results["finding"]["leaders"]
+    (reports / "thorough" / "results.json").write_text(json.dumps(results))
+    assert page.leading_profile() == "quick"
+
+
+def test_a_readme_without_a_finding_is_refused(compared):
+    results = compared.results()
+    del results["finding"]
+    (compared.reports / "results.json").write_text(json.dumps(results))
+    with pytest.raises(WorkspaceError, match="no finding: run notebook 06"):
+        page.readme_block(compared)
+    assert "The finding" not in page.write_index(compared).read_text()
 
 
 @pytest.mark.parametrize("text", ["no markers", f"{page.END} {page.START}", f"{page.START}"])
@@ -497,6 +602,18 @@ def test_the_page_shows_the_comparison(compared):
     text = page.write_index(compared).read_text().replace("\N{NO-BREAK SPACE}", " ")
     for piece in ("87.5 % (88.0 to 92.0)", "2.25 times the speed", "&lt; 0.001", "Caption of 03_recovered"):
         assert piece in text
+    assert "<h2>The finding</h2>" in text and "<li><strong>What recovery is worth.</strong> Merged at 90%" in text
+    assert "&lt;wanda&gt;" in text and "<wanda>" not in text
+
+
+def test_the_page_shows_figures_that_are_promised_and_there(compared):
+    figures = compared.reports / "figures"
+    for name in ("02_stability", "02_of_an_earlier_version"):
+        (figures / f"{name}.png").write_bytes(PIXEL)
+    stage = stages.STAGES["02_criteria_scoring"]
+    assert [figure["name"] for figure in page.chapter(compared, stage, {})["figures"]] == ["02 stability"]
+    alone = open_run(get_profile("smoke", seeds="1"))
+    assert page.chapter(alone, stage, {})["figures"] == []
 
 
 def test_paths_are_taken_out_of_outputs(workspace):

@@ -208,12 +208,37 @@ def test_accuracy_curves_have_a_panel_a_stage_and_a_line_a_criterion(control):
         for criterion in ("magnitude", "merged")
         for sparsity in (0.9, 0.5)
     ]
-    curves = pd.DataFrame(rows).assign(accuracy_low=0.65, accuracy_high=0.75)
+    curves = pd.DataFrame(rows).assign(seed=0, accuracy_low=0.65, accuracy_high=0.75)
     figure = drawn(plots.accuracy_curves(curves, dense=0.8, control=control))
     pruned, recovered = figure.axes
     assert [line.get_color() for line in pruned.lines[:2]] == [COLORS["magnitude"], COLORS["merged"]]
     assert pruned.lines[0].get_xdata().tolist() == [0.5, 0.9]
     assert len(recovered.lines) - len(pruned.lines) == (control is not None)
+    assert bounds(pruned.collections[0]) == pytest.approx((0.65, 0.75)), "of one seed the interval"
+
+
+def bounds(band) -> tuple[float, float]:
+    """The lowest and the highest point of a filled band."""
+    heights = band.get_paths()[0].vertices[:, 1]
+    return heights.min(), heights.max()
+
+
+def test_accuracy_curves_of_several_seeds_are_their_mean_between_the_lowest_and_the_highest():
+    rows = [
+        {
+            "criterion": "merged",
+            "sparsity": sparsity,
+            "stage": "pruned",
+            "seed": seed,
+            "accuracy": accuracy + sparsity / 10,
+        }
+        for sparsity in (0.5, 0.9)
+        for seed, accuracy in enumerate((0.6, 0.7, 0.65))
+    ]
+    curves = pd.DataFrame(rows).assign(accuracy_low=0.0, accuracy_high=1.0)
+    (ax,) = drawn(plots.accuracy_curves(curves, dense=0.8)).axes
+    assert ax.lines[0].get_ydata() == pytest.approx([0.7, 0.74])
+    assert bounds(ax.collections[0]) == pytest.approx((0.65, 0.79))
 
 
 def test_grouped_bars_have_a_bar_a_group_and_hue_and_error_bars():
@@ -283,3 +308,171 @@ def test_differences_are_drawn_in_points_with_the_first_model_of_each_comparison
     spans = [line.get_xdata() for line in ax.lines if len(line.get_xdata()) == 2]
     assert any(span == pytest.approx([-5, 1]) for span in spans)
     assert any(span == pytest.approx([-3, 4]) for span in spans)
+
+
+# --- where the useless weights are, and how stable that is ---
+
+
+def test_overlap_over_seeds_has_a_dot_a_pair_and_both_chance_levels():
+    table = pd.DataFrame(
+        {
+            "criterion": ["magnitude"] * 3 + ["merged"] * 3,
+            "overlap": [0.97, 0.96, 0.95, 0.7, 0.72, 0.71],
+            "chance": 0.5,
+            "chance_by_layer": [0.55] * 3 + [0.6] * 3,
+        }
+    )
+    (ax,) = drawn(plots.overlap_over_seeds(table)).axes
+    dots = [line for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    assert [line.get_ydata().tolist() for line in dots] == [[0.97, 0.96, 0.95], [0.7, 0.72, 0.71]]
+    assert [line.get_color() for line in dots] == [COLORS["magnitude"], COLORS["merged"]]
+    levels = [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "None" and len(line.get_xdata())]
+    assert levels == pytest.approx([0.55, 0.5, 0.6, 0.5])
+
+
+def test_overlap_over_seeds_needs_two_seeds():
+    table = pd.DataFrame(columns=["seed_a", "seed_b", "overlap", "chance", "chance_by_layer", "kappa", "criterion"])
+    with pytest.raises(ValueError, match="at least two seeds"):
+        plots.overlap_over_seeds(table)
+
+
+def test_overlap_along_training_has_a_line_and_a_chance_level_a_criterion_and_shows_step_zero():
+    table = pd.DataFrame(
+        {
+            "criterion": ["magnitude"] * 4 + ["gradient"] * 3,
+            "step": [0, 1, 2, 3, 1, 2, 3],
+            "overlap": [0.9, 0.92, 0.95, 1, 0.6, 0.8, 1],
+            "chance": 0.5,
+            "chance_by_layer": [0.51] * 4 + [0.6] * 3,
+        }
+    )
+    (ax,) = drawn(plots.overlap_along_training(table)).axes
+    assert [line.get_ydata().tolist() for line in ax.lines[:2]] == [[0.9, 0.92, 0.95, 1], [0.6, 0.8, 1]]
+    assert [line.get_ydata().tolist() for line in ax.lines[2:4]] == [[0.51] * 4, [0.6] * 3]
+    assert [line.get_color() for line in ax.lines[2:4]] == [COLORS["magnitude"], COLORS["gradient"]]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "1", "3"]
+    places = ax.transData.transform([(step, 0.5) for step in (0, 1, 2, 4)])[:, 0]
+    assert np.diff(places)[1] == pytest.approx(np.diff(places)[2])
+    assert places[0] < places[1]
+
+
+def structure_shares() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"criterion": criterion, "layer": layer, "kind": kind, "index": i, "dropped": rng.random()}
+        for criterion in ("magnitude", "gradient", "merged")
+        for layer in range(4)
+        for kind, count in (("head", 3), ("neuron", 20))
+        for i in range(count)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_dropped_heads_are_heatmaps_of_layers_and_heads():
+    shares = structure_shares()
+    panels = [ax for ax in drawn(plots.dropped_heads(shares)).axes if ax.texts]
+    assert [ax.get_title(loc="left") for ax in panels] == ["magnitude", "gradient", "merged"]
+    assert [ax.get_xlabel() for ax in panels] == ["head"] * 3
+    for ax, name in zip(panels, ("magnitude", "gradient", "merged"), strict=True):
+        expected = shares[(shares["criterion"] == name) & (shares["kind"] == "head")]["dropped"]
+        assert [text.get_text() for text in ax.texts] == [f"{value:.0%}" for value in expected]
+
+
+def test_dropped_neurons_are_sorted_curves_a_layer():
+    shares = structure_shares()
+    panels = drawn(plots.dropped_neurons(shares)).axes
+    assert len(panels) == 3
+    assert all(len(ax.lines) == 4 for ax in panels)
+    expected = sorted(shares.query("criterion == 'gradient' and kind == 'neuron' and layer == 2")["dropped"])
+    assert panels[1].lines[2].get_ydata().tolist() == expected
+    assert panels[1].lines[2].get_xdata()[[0, -1]].tolist() == [0, 1]
+
+
+def test_sensitivity_shows_the_change_against_the_untouched_model():
+    rows = [(-1, "none", 0.0, 0.4)]
+    rows += [(i, m, s, 0.4 + i + s) for s in (0.5, 0.9) for i in range(2) for m in ("attn.c_attn", "mlp.c_fc")]
+    table = pd.DataFrame(rows, columns=["layer", "module", "sparsity", "value"])
+    panels = [ax for ax in drawn(plots.sensitivity(table, "validation loss")).axes if ax.texts]
+    assert [ax.get_title(loc="left") for ax in panels] == ["50% of the matrix removed", "90% of the matrix removed"]
+    assert [text.get_text() for text in panels[0].texts] == ["+0.500", "+0.500", "+1.500", "+1.500"]
+
+
+def forgotten_table() -> pd.DataFrame:
+    groups = {"all": ["all"], "tokens": ["5–90", "91–400"], "negations": ["0", "1–2", "3"], "stars": ["1", "10"]}
+    rows = [(name, group) for name, found in groups.items() for group in found]
+    table = pd.DataFrame(rows, columns=["feature", "group"])
+    table["forgotten"] = np.linspace(0.05, 0.4, len(rows))
+    return table.assign(forgotten_low=table["forgotten"] - 0.02, forgotten_high=table["forgotten"] + 0.03)
+
+
+def test_forgotten_has_a_panel_a_feature_an_interval_a_group_and_the_overall_share():
+    table = forgotten_table()
+    panels = [ax for ax in drawn(plots.forgotten(table)).axes if ax.axison]
+    assert [ax.get_title(loc="left") for ax in panels] == [
+        "tokens in the review",
+        "words that negate",
+        "stars that the review gives",
+    ]
+    for ax, feature in zip(panels, ["tokens", "negations", "stars"], strict=True):
+        part = table[table["feature"] == feature]
+        assert [text.get_text() for text in ax.get_xticklabels()] == part["group"].tolist()
+        points, overall = ax.lines
+        assert points.get_ydata().tolist() == part["forgotten"].tolist()
+        assert list(overall.get_ydata()) == [0.05, 0.05]
+        assert overall.get_linestyle() == "--"
+        ends = [segment[:, 1].tolist() for segment in ax.collections[0].get_segments()]
+        assert ends == part[["forgotten_low", "forgotten_high"]].to_numpy().tolist()
+
+
+def test_forgotten_tells_models_apart_and_leaves_a_gap_where_one_lacks_a_group():
+    table = forgotten_table()
+    both = pd.concat([table.assign(model="magnitude"), table[table["group"] != "1–2"].assign(model="gradient")])
+    figure = drawn(plots.forgotten(both))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["magnitude", "gradient"]
+    first, _, second, _ = figure.axes[1].lines
+    assert (first.get_color(), second.get_color()) == (COLORS["magnitude"], COLORS["gradient"])
+    assert (first.get_xdata() < second.get_xdata()).all()
+    assert np.isnan(second.get_ydata()).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_unlearned_has_a_panel_a_domain_and_a_dot_a_row_and_starts_at_the_first_model(seeds):
+    models, domains = ["pretrained", "fine_tuned", "recovered_magnitude_90"], ["film reviews", "Python"]
+    rows = [
+        (m, d, 1 + i + j + 0.1 * s) for i, m in enumerate(models) for j, d in enumerate(domains) for s in range(seeds)
+    ]
+    table = pd.DataFrame(rows, columns=["model", "domain", "bits_per_byte"])
+    panels = drawn(plots.unlearned(table)).axes
+    assert [ax.get_title(loc="left") for ax in panels] == domains
+    assert [text.get_text() for text in panels[0].get_yticklabels()] == [plots.label(name) for name in models]
+    for j, ax in enumerate(panels):
+        middle = 0.1 * (seeds - 1) / 2
+        dots = [line for line in ax.lines if line.get_marker() == "o"]
+        assert [len(line.get_xdata()) for line in dots] == [seeds] * 3
+        assert dots[2].get_xdata()[0] == 3 + j
+        spans = [line.get_xdata() for line in ax.lines[1::2]]
+        assert [list(span) for span in spans] == [pytest.approx([1 + j + middle, 1 + i + j + middle]) for i in range(3)]
+        assert [text.get_text() for text in ax.texts] == [f"{1 + i + j + middle:.2f}" for i in range(3)]
+    low, high = panels[0].get_ylim()
+    assert low > high, "the first model stands on top"
+
+
+def test_rivals_are_drawn_in_points_with_a_line_a_rival_and_an_interval_a_sparsity():
+    table = pd.DataFrame(
+        {
+            "criterion": ["magnitude", "random", "random", "magnitude"],
+            "sparsity": [0.9, 0.9, 0.5, 0.5],
+            "difference": [0.02, 0.1, 0.05, -0.01],
+            "low": [0.01, 0.08, 0.03, -0.02],
+            "high": [0.03, 0.12, 0.07, 0.0],
+        }
+    )
+    (ax,) = drawn(plots.rivals(table, "title")).axes
+    found = {line.get_label(): line for line in ax.lines}
+    assert found["magnitude"].get_ydata() == pytest.approx([-1, 2]), "from the lower sparsity to the higher"
+    assert found["random"].get_ydata() == pytest.approx([5, 10])
+    assert found["magnitude"].get_xdata() == pytest.approx([0.5, 0.9], abs=0.01)
+    assert not np.isclose(found["magnitude"].get_xdata()[0], found["random"].get_xdata()[0]), "side by side"
+    intervals = sorted(tuple(segment[:, 1]) for part in ax.collections for segment in part.get_segments())
+    assert np.array(intervals) == pytest.approx(np.array([(-2, 0), (1, 3), (3, 7), (8, 12)]))
+    assert ax.lines[-1].get_ydata() == pytest.approx([0, 0]), "a draw"

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -18,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from nbhelpers import models, pretrain
 from nbhelpers.data import read_movie_reviews
-from nbhelpers.pretrain import FusedCrossEntropy, bits_per_byte, learning_rate_factor, windows
+from nbhelpers.forgetting import bits_per_byte
+from nbhelpers.pretrain import FusedCrossEntropy, learning_rate_factor, windows
 
 PROJECT = Path(__file__).parent.parent
 
@@ -218,34 +218,6 @@ def test_the_tokenizer_is_lossless_on_any_text_and_has_separate_special_tokens(t
         ids = tokenizer(text, split_special_tokens=True)["input_ids"]
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
         assert not {0, 1} & set(ids)
-
-
-def test_encoding_puts_end_of_text_in_front_and_nowhere_else(tokenizer):
-    first, second = pretrain.encode(tokenizer, [CORPUS[0], "spells <|endoftext|> and <|pad|>"])
-    for row in (first, second):
-        assert row[0] == 0
-        assert not {0, 1} & set(row[1:].tolist())
-    assert tokenizer.decode(second[1:]) == "spells <|endoftext|> and <|pad|>"
-
-
-def test_bits_per_byte_is_the_code_length_over_the_bytes_it_covers(tokenizer, monkeypatch):
-    monkeypatch.setattr(pretrain, "CONTEXT", 12)
-    model, texts = tiny_language_model(len(tokenizer)), [*CORPUS[:3], "ok"]
-    bits, size, cut = 0.0, 0, 0
-    for text in texts:
-        ids = [0, *tokenizer(text)["input_ids"]]
-        cut += len(ids) > 12
-        ids = ids[:12]
-        with torch.inference_mode():
-            logits = model(torch.tensor([ids])).logits[0].double().numpy()
-        for place in range(1, len(ids)):
-            row = logits[place - 1]
-            probability = np.exp(row[ids[place]] - row.max()) / np.exp(row - row.max()).sum()
-            bits -= math.log2(probability)
-        # The bytes that the tokens stand for: in byte-level BPE one character of a token is one byte.
-        size += sum(len(token) for token in tokenizer.convert_ids_to_tokens(ids[1:]))
-    assert 0 < cut < len(texts), "texts beyond the context and within it"
-    assert bits_per_byte(model, tokenizer, texts) == pytest.approx(bits / size, rel=1e-5)
 
 
 # --- the whole, interrupted and resumed ---

@@ -28,6 +28,10 @@ def test_gpt2_has_the_recipe_of_the_source_work():
         ("sparsities", "0.5,0.9", (0.5, 0.9)),
         ("sparsities", [0.5, 0.9], (0.5, 0.9)),
         ("student_layers", "3", (3,)),
+        ("seeds", "3", 3),
+        ("recovery_learning_rates", "1e-4,0.001", (1e-4, 1e-3)),
+        ("recovery_learning_rates", "5e-4", (5e-4,)),
+        ("comparator_sparsities", "0.5,0.9", (0.5, 0.9)),
         ("data", "my reviews.csv", "my reviews.csv"),
     ],
 )
@@ -60,6 +64,15 @@ def test_overrides_are_converted(field, text, value):
         ("temperatures", "-1"),
         ("precision", "int8"),
         ("model", 3),
+        ("seeds", 0),
+        ("seeds", "1.5"),
+        ("seeds", "0,1"),
+        ("recovery_learning_rates", ""),
+        ("recovery_learning_rates", 5e-4),
+        ("recovery_learning_rates", "0,1e-3"),
+        ("recovery_learning_rates", (1e-3, float("inf"))),
+        ("comparator_sparsities", "0.9,1.0"),
+        ("comparator_sparsities", ()),
     ],
 )
 def test_impossible_values_are_refused_and_the_field_is_named(field, value):
@@ -68,11 +81,24 @@ def test_impossible_values_are_refused_and_the_field_is_named(field, value):
     assert "\n" not in str(error.value)
 
 
+def test_the_main_sparsity_is_one_at_which_models_are_recovered():
+    assert get_profile("smoke", recovery_sparsities="0.5,0.7", main_sparsity="0.7").main_sparsity == 0.7
+    with pytest.raises(ProfileError, match=r"main_sparsity is 0\.9: it takes one of \(0\.5, 0\.7\)"):
+        get_profile("smoke", recovery_sparsities="0.5,0.7")
+
+
+def test_the_reference_reports_have_several_seeds_and_every_profile_has_a_choice_of_recovery_rates():
+    assert get_profile("thorough").seeds == 3
+    assert all(len(profile.recovery_learning_rates) > 1 for profile in PROFILES.values())
+
+
 def test_unknown_names_are_refused_with_what_there_is():
     with pytest.raises(ProfileError, match="smoke, quick, thorough, gpt2"):
         get_profile("nonsense")
     with pytest.raises(ProfileError, match="did you mean 'epochs'"):
         get_profile("smoke", epoch=2)
+    with pytest.raises(ProfileError, match="did you mean 'recovery_learning_rates'"):
+        get_profile("smoke", recovery_learning_rate=1e-3)
     with pytest.raises(ProfileError, match="no field 'name'"):
         get_profile("smoke", name="quick")
 

@@ -1,17 +1,18 @@
-"""The training loop, what it observes, how it keeps masks, and its losses."""
+"""The training loop, what it observes, how it keeps masks, its losses, and its command."""
 
 import copy
 import dataclasses
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
+from nbhelpers import experiments, grid
 from nbhelpers.data import IMDbDataset, make_loader
 from nbhelpers.evaluation import evaluate_accuracy
 from nbhelpers.masks import MaskKeeper, select
@@ -29,22 +30,12 @@ from nbhelpers.training import (
     recipe_for,
     train,
 )
+from nbhelpers.workspace import open_run
 
 RECIPE = Recipe(learning_rate=1e-2, batch_size=8, epochs=2, precision="no")
 
 
-@pytest.fixture(autouse=True)
-def alone():
-    """Each test chooses its precision, of which Accelerate keeps one a process, and uses one thread.
-
-    For matrices this small a second thread saves nothing, and waiting for it costs a lot where cores are shared.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def tiny_model(dropout: float = 0.0, layers: int = 2, seed: int = 0) -> GPT2ForSequenceClassification:
@@ -229,7 +220,7 @@ def test_a_recipe_takes_the_profiles_fields_of_its_purpose():
     profile = get_profile(
         "quick",
         learning_rate=1e-3,
-        recovery_learning_rate=2e-3,
+        recovery_learning_rates=(2e-3, 9e-3),
         distill_learning_rate=3e-3,
         batch_size=4,
         distill_batch_size=5,
@@ -518,3 +509,39 @@ def test_an_optimizer_restored_from_safetensors_goes_on_identically(kind, tmp_pa
     forgetful.load_state_dict(first.state_dict())
     steps(forgetful, optimizer, range(3, 6))
     assert not torch.equal(forgetful.weight, whole.weight), "the state matters"
+
+
+# --- from the command line ---
+
+
+def command(monkeypatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["training", *words])
+    grid.main_of_training()
+
+
+def test_the_command_leaves_the_artefacts_of_all_seeds_that_the_notebook_finds(workspace, monkeypatch, capsys):
+    command(monkeypatch, "finetune", "--profile", "smoke", "--set", "precision=no")
+    assert "accuracy" in capsys.readouterr().out
+    monkeypatch.setattr(experiments, "train", lambda *_, **__: pytest.fail("trained again"))
+    for run in experiments.runs_of(open_run(get_profile("smoke", precision="no"), 0)):
+        experiments.finetune_model(run)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--profile", "nonsense"], "no profile 'nonsense'"),
+        (["--set", "epochs=banana"], "epochs is 'banana'"),
+        (["--set", "no_such_field=1"], "no field 'no_such_field'"),
+        (["--set", "data=/no/such/file.csv"], "'/no/such/file.csv' does not exist"),
+        (["--set", "model=/no/such/folder"], "'/no/such/folder' does not exist"),
+        (["--seed", "-1"], "seed is -1"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_writes_nothing(workspace, monkeypatch, words, message):
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, "finetune", *(["--profile", "smoke"] if "--profile" not in words else []), *words)
+    assert str(caught.value).startswith("error: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(workspace.rglob("*"))

@@ -1,6 +1,11 @@
 import hashlib
 import json
 import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import matplotlib
 import matplotlib.figure
@@ -13,6 +18,7 @@ from nbhelpers import workspace as workspace_module
 from nbhelpers.profiles import get_profile
 from nbhelpers.workspace import WorkspaceError, maker_of, open_run, replace_folder, save_tensors, write_text
 
+PROJECT = Path(__file__).parent.parent
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}
 
 
@@ -95,6 +101,7 @@ def test_a_build_that_fails_leaves_the_old_artefact(run):
         run.cached("fine_tuned", {"x": 2}, fails)
     assert torch.equal(run.load_tensors("fine_tuned")["a"], TENSORS["a"])
     assert run.artifact("fine_tuned")["settings"] == {"x": 1}
+    assert leftovers(run.artifacts) == []
 
 
 def test_a_first_build_that_fails_leaves_no_artefact(run):
@@ -193,10 +200,53 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path):
     assert path.read_text() == "old"
 
 
-def test_leftovers_of_a_killed_build_do_not_get_in(tmp_path):
-    (tmp_path / "x.partial").mkdir()
-    (tmp_path / "x.partial" / "half").write_text("half")
+def test_leftovers_of_a_killed_build_do_not_get_in_and_those_of_a_running_one_stay(tmp_path):
+    dead = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
+    here = platform.node()
+    for owner in (f"{here}-{dead}", f"{here}-{os.getpid()}", f"{here}-{os.getppid()}", f"{here}-b-{dead}"):
+        (tmp_path / f"x.{owner}.partial").mkdir()
+        (tmp_path / f"x.{owner}.partial" / "half").write_text("half")
+    (tmp_path / f"x_2.{here}-{dead}.partial").mkdir()
     with replace_folder(tmp_path / "x") as folder:
         (folder / "whole").write_text("whole")
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["whole"]
-    assert leftovers(tmp_path) == []
+    # Another process that runs, another machine, another artefact.
+    others = [f"x.{here}-{os.getppid()}.partial", f"x.{here}-b-{dead}.partial", f"x_2.{here}-{dead}.partial"]
+    assert sorted(leftovers(tmp_path)) == sorted(others)
+
+
+BUILDER = """
+import pathlib, sys, time
+from nbhelpers.profiles import get_profile
+from nbhelpers.workspace import open_run
+
+who, barrier = sys.argv[1], pathlib.Path(sys.argv[2])
+
+def build(folder):
+    for part in range(20):
+        (folder / f"part-{part}").write_text(f"{who} {turn}")
+    (folder / who).touch()
+
+run = open_run(get_profile("smoke"), 3)
+(barrier / who).touch()
+while len(list(barrier.iterdir())) < 2:
+    time.sleep(0.001)
+for turn in range(60):
+    run.cached("fine_tuned", {"who": who, "turn": turn}, build)
+"""
+
+
+def test_two_processes_that_build_the_same_artefact_end_well_and_the_last_one_stays(run, tmp_path_factory):
+    barrier = tmp_path_factory.mktemp("barrier")
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-c", BUILDER]
+    builders = [subprocess.Popen([*command, who, barrier], env=environment, stderr=subprocess.PIPE) for who in "ab"]
+    errors = [builder.communicate()[1].decode() for builder in builders]
+    assert errors == ["", ""] and [builder.returncode for builder in builders] == [0, 0]
+    folder = run.folder("fine_tuned")  # checks the sums
+    settings = run.artifact("fine_tuned")["settings"]
+    assert settings["turn"] == 59
+    names = {path.name for path in folder.iterdir()}
+    assert names == {settings["who"], "artifact.json", *(f"part-{part}" for part in range(20))}
+    assert {(folder / f"part-{part}").read_text() for part in range(20)} == {f"{settings['who']} 59"}
+    assert [path.name for path in run.artifacts.iterdir()] == ["fine_tuned"]

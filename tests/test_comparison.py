@@ -1,0 +1,314 @@
+"""The models of a finished study side by side, against what each of them answers when it is asked by itself."""
+
+import dataclasses
+import functools
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+from nbhelpers import comparison, experiments, pruning
+from nbhelpers.evaluation import holm, mcnemar, sign_flip_test
+from nbhelpers.forgetting import as_language_model, bits_per_byte, other_domain_texts
+from nbhelpers.masks import select
+from nbhelpers.models import load_tokenizer, prunable_weights
+from nbhelpers.profiles import get_profile
+from nbhelpers.workspace import Run, WorkspaceError, open_run
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+MAIN = ("magnitude", "movement", "gradient", "merged")
+LINES = ("fine_tuned", "fine_tuned_extra")
+
+
+@functools.cache
+def right(run: Run, name: str, split: str = "test") -> np.ndarray:
+    """Which reviews a model of every seed gets right, from its predictions on the texts: [seeds, n]."""
+    reviews = experiments.reviews_of(run.profile, run.seed)[split]
+    answers = [one.predict(name, reviews["text"][:]) > 0.5 for one in experiments.runs_of(run)]
+    return np.stack(answers) == np.array(reviews["label"], bool)
+
+
+# --- one seed ---
+
+
+def test_compared_are_the_dense_the_recovered_the_sparse_the_compact_and_the_students(study):
+    assert comparison.compared_models(study.run) == [
+        "fine_tuned",
+        "fine_tuned_extra",
+        *(f"recovered_{criterion}_90" for criterion in (*MAIN, pruning.best_comparator(study.run))),
+        f"sparse_{study.best}_90",
+        f"compact_{study.best}_50",
+        "student_distilled_1",
+        "student_labels_only_1",
+        "student_distilled_random_1",
+    ]
+
+
+def test_the_comparison_has_a_row_a_model_and_the_columns_of_the_contract(study):
+    run, sparse = study.run, f"sparse_{study.best}_90"
+    recovered = f"recovered_{study.best}_90"
+    names = comparison.compared_models(run)
+    table = comparison.comparison_table(run, names)
+    required = (
+        "model accuracy accuracy_low accuracy_high f1 total_parameters active_parameters encoder_sparsity file_bytes "
+        "latency_ms speedup peak_memory_bytes p_value"
+    )
+    assert set(required.split()) <= set(table.columns)
+    assert table["model"].tolist() == names
+    numbers = table.drop(columns="model").to_numpy(dtype=float)
+    assert np.isfinite(numbers).all()
+    table = table.set_index("model")
+    assert table.loc["fine_tuned", ["speedup", "p_value"]].tolist() == [1.0, 1.0]
+    first = open_run(dataclasses.replace(run.profile, seeds=1), 0)
+    answers = {name: right(first, name)[0] for name in names}
+    for name in names:
+        assert table.loc[name, "accuracy"] == pytest.approx(answers[name].mean())
+        assert table.loc[name, "p_value"] == pytest.approx(mcnemar(answers[name], answers["fine_tuned"]))
+    dense, pruned = run.load_model("fine_tuned"), run.load_model(recovered)
+    total = sum(parameter.numel() for parameter in dense.parameters())
+    assert table.loc["fine_tuned", "total_parameters"] == total
+    dropped = sum(int((weight == 0).sum()) for weight in prunable_weights(pruned).values())
+    gone = table["total_parameters"] - table["active_parameters"]
+    assert gone[recovered] == dropped
+    # In matrices as small as these some neurons have nothing left; their biases and last weights go as well.
+    assert dropped <= gone[sparse] < 1.1 * dropped
+    for name in (recovered, sparse):
+        assert table.loc[name, "encoder_sparsity"] == pytest.approx(0.9, abs=0.05)
+    assert table.loc["student_distilled_1", "total_parameters"] < total
+    weights = run.folder("fine_tuned") / "model.safetensors"
+    assert table.loc["fine_tuned", "file_bytes"] == weights.stat().st_size, "gradients beside the model do not count"
+    assert table.loc[sparse, "file_bytes"] < table.loc["fine_tuned", "file_bytes"]
+
+
+def test_a_comparison_without_its_models_says_which_notebook_to_run(workspace):
+    with pytest.raises(WorkspaceError, match=r"is missing .* run notebook 03"):
+        comparison.compared_models(open_run(get_profile("smoke"), 0))
+
+
+# --- over seeds ---
+
+
+def test_answers_are_of_all_seeds_where_all_have_the_model_and_of_the_first_otherwise(study):
+    names = ["fine_tuned", "recovered_movement_50", "student_distilled_1", "tfidf"]
+    found = comparison.answers_of_all(study.run, names)
+    assert list(found) == names
+    assert {name: answers.shape for name, answers in found.items()} == {
+        "fine_tuned": (2, 24),
+        "recovered_movement_50": (2, 24),
+        "student_distilled_1": (1, 24),
+        "tfidf": (1, 24),
+    }
+    assert all(answers.dtype == bool for answers in found.values())
+    for name in names[:2]:
+        np.testing.assert_array_equal(found[name], right(study.run, name))
+    first = open_run(dataclasses.replace(study.run.profile, seeds=1), 0)
+    np.testing.assert_array_equal(found["student_distilled_1"], right(first, "student_distilled_1"))
+
+
+def test_the_merge_is_compared_with_every_other_score_at_each_sparsity_at_which_both_are_recovered(study):
+    run, best = study.run, pruning.best_comparator(study.run)
+    others = [c for c in ("random", "taylor", "fisher", "movement_first_order", "wanda") if c != best]
+    expected = [(c, s) for s in (50, 90) for c in ("magnitude", "movement", "gradient", best)]
+    expected += [(c, 90) for c in others]
+    pairs = [(f"recovered_merged_{percent}", f"recovered_{c}_{percent}") for c, percent in expected]
+    assert sorted(comparison.rivals(run)) == sorted(pairs)
+    table = comparison.compare_rivals(run)
+    assert len(table) == len(pairs)
+    for row in table.itertuples():
+        percent = round(100 * row.sparsity)
+        assert row.comparison == f"recovered_merged_{percent} - recovered_{row.criterion}_{percent}"
+        assert (row.n, row.seeds) == (24, 2)
+        assert row.low <= row.difference <= row.high
+    assert table["p_adjusted"].tolist() == pytest.approx(holm(table["p_value"].tolist()))
+    row = table[(table["criterion"] == "gradient") & (table["sparsity"] == 0.9)].iloc[0]
+    change = right(run, "recovered_merged_90").astype(int) - right(run, "recovered_gradient_90")
+    assert row["difference"] == pytest.approx(change.mean())
+    assert row["p_value"] == pytest.approx(sign_flip_test(change.sum(0)))
+    assert row["spread"] == pytest.approx(np.std(change.mean(1), ddof=1))
+
+
+def test_a_score_that_was_recovered_where_the_merge_was_not_is_no_rival(study):
+    changed = dataclasses.replace(study.run.profile, recovery_sparsities=(0.9,), comparator_sparsities=(0.5,))
+    run, best = open_run(changed, 0), pruning.best_comparator(study.run)
+    expected = [("recovered_merged_90", f"recovered_{c}_90") for c in ("magnitude", "movement", "gradient", best)]
+    assert sorted(comparison.rivals(run)) == sorted(expected)
+
+
+# --- what was unlearned ---
+
+
+def test_what_was_unlearned_has_a_row_a_model_domain_and_seed(study):
+    table = comparison.unlearned(study.run, count=2)
+    assert list(table) == ["model", "domain", "seed", "bits_per_byte"]
+    pruned = [f"{stage}_{criterion}_90" for criterion in MAIN for stage in ("pruned", "recovered")]
+    names = ["pretrained", "fine_tuned", "fine_tuned_extra", *pruned]
+    found = sorted(table[["model", "domain", "seed"]].itertuples(index=False, name=None))
+    assert found == sorted(itertools.product(names, ("reviews", "other"), (0, 1)))
+    assert np.isfinite(table["bits_per_byte"]).all() and (table["bits_per_byte"] > 0).all()
+    bits = table.set_index(["model", "domain", "seed"])["bits_per_byte"]
+    second, tokenizer = open_run(study.run.profile, 1), load_tokenizer(study.run.profile)
+    reviews = experiments.reviews_of(study.run.profile, 0)["validation"]["text"][:]
+    texts = {"reviews": [reviews[0], reviews[8]], "other": other_domain_texts(2)}
+    model = second.load_model("fine_tuned")
+    masks = select(pruning.scores_of(second, "gradient"), 0.9)
+    for name, weight in prunable_weights(model).items():
+        weight.data *= masks[name]
+    for domain, part in texts.items():
+        expected = bits_per_byte(as_language_model(model), tokenizer, part)
+        assert bits["pruned_gradient_90", domain, 1] == pytest.approx(expected, rel=1e-6)
+        expected = bits_per_byte(as_language_model(second.load_model("recovered_gradient_90")), tokenizer, part)
+        assert bits["recovered_gradient_90", domain, 1] == pytest.approx(expected, rel=1e-6)
+
+
+# --- the finding ---
+
+TESTS = ("merge", "comparator", "control", "kept")
+
+
+def test_the_finding_is_chosen_on_validation_and_measured_on_the_test_reviews(study, monkeypatch):
+    # Not the best single criterion, so that the two are told apart.
+    run, best, comparator = study.run, "merged", pruning.best_comparator(study.run)
+    monkeypatch.setattr(comparison, "best_criterion", lambda run: best)
+    # Models this small answer all alike; these differ, some of them beyond chance.
+    rng, answers = np.random.default_rng(0), {}
+    for i, name in enumerate([*LINES, *comparison.recovered_names(run).values()]):
+        answers[name] = rng.random((2, 300)) < 0.7 + 0.015 * i
+    monkeypatch.setattr(comparison, "right_over_seeds", lambda run, name, split: {"test": answers}[split][name])
+    found = comparison.find(run)
+
+    def share(criterion, percent):
+        return right(run, f"recovered_{criterion}_{percent}", "validation").mean()
+
+    assert (found["seeds"], found["test_reviews"], found["sparsity"]) == (2, 24, 0.9)
+    assert (found["best"], found["comparator_name"]) == (best, comparator)
+    assert found["single"] == max(MAIN[:3], key=lambda c: share(c, 90))
+    for leader, percent in zip(found["leaders"], (50, 90), strict=True):
+        # The first of equals, in the order in which the notebooks name them.
+        ranked = sorted((*MAIN, comparator), key=lambda c: -share(c, percent))
+        assert (leader["sparsity"], leader["best"], leader["second"]) == (percent / 100, *ranked[:2])
+        first, second = (answers[f"recovered_{c}_{percent}"] for c in ranked[:2])
+        assert leader["accuracy"] == pytest.approx(first.mean())
+        assert leader["difference"] == pytest.approx(first.mean() - second.mean())
+        assert leader["p_value"] == pytest.approx(sign_flip_test((first.astype(int) - second).sum(0)))
+    assert [row["p_adjusted"] for row in found["leaders"]] == holm([row["p_value"] for row in found["leaders"]])
+    pairs = {
+        "merge": ("recovered_merged_90", f"recovered_{found['single']}_90"),
+        "comparator": (f"recovered_{comparator}_90", f"recovered_{best}_90"),
+        "control": ("fine_tuned_extra", "fine_tuned"),
+        "kept": (f"recovered_{best}_90", "fine_tuned_extra"),
+    }
+    for test, (a, b) in pairs.items():
+        assert found[test]["difference"] == pytest.approx(answers[a].mean() - answers[b].mean()), test
+        p_value = sign_flip_test((answers[a].astype(int) - answers[b]).sum(0))
+        assert (found[test]["p_value"], found[test]["n"], found[test]["seeds"]) == (pytest.approx(p_value), 300, 2)
+    assert [found[test]["p_adjusted"] for test in TESTS] == holm([found[test]["p_value"] for test in TESTS])
+    assert found["recovery"]["after"] == pytest.approx(share(best, 90))
+    assert found["dense"]["accuracy"] == pytest.approx(answers["fine_tuned"].mean())
+
+
+def test_answers_on_the_test_reviews_choose_nothing(study, monkeypatch):
+    logits = experiments.split_logits
+
+    def turned(run, name, split):
+        return (-1 if split == "test" else 1) * logits(run, name, split)
+
+    before = comparison.find(study.run)
+    monkeypatch.setattr(experiments, "split_logits", turned)
+    after = comparison.find(study.run)
+    for key in ("best", "single", "comparator_name", "recovery"):
+        assert after[key] == before[key]
+    for one, other in zip(after["leaders"], before["leaders"], strict=True):
+        assert (one["best"], one["second"]) == (other["best"], other["second"])
+        assert one["accuracy"] == pytest.approx(1 - other["accuracy"])
+    for test in TESTS:
+        assert after[test]["difference"] == pytest.approx(-before[test]["difference"])
+
+
+def test_rows_of_the_test_reviews_in_the_curves_choose_nothing(study):
+    """Notebook 06 adds them to the table from which the leaders are read."""
+    before, curves = comparison.find(study.run), study.run.load_table("curves")
+    on_test = pruning.recovered_curves(study.run, "test")
+    on_test["accuracy"] = (on_test["criterion"] == "random").astype(float)
+    study.run.save_table("curves", curves.merge(on_test, "outer"))
+    try:
+        assert comparison.find(study.run) == before
+    finally:
+        study.run.save_table("curves", curves)
+
+
+def numbers(row: dict) -> str:
+    return f"{100 * row['difference']:+.1f} points ({100 * row['low']:+.1f} to {100 * row['high']:+.1f}, p"
+
+
+def test_the_text_of_the_finding_says_its_numbers(study):
+    study.run.record("finding", **comparison.find(study.run))
+    found = study.run.results()["finding"]
+    text = comparison.finding_text(found)
+    assert "24 test reviews, 2 seeds" in text
+    for row in (*found["leaders"], *(found[test] for test in TESTS)):
+        assert numbers(row) in text
+    for row in found["leaders"]:
+        assert f"at {row['sparsity']:.0%} ({row['accuracy']:.1%}; " in text
+    recovery = found["recovery"]
+    assert f"{recovery['before']:.1%} right after pruning, {recovery['after']:.1%} after recovery" in text
+    assert f"({found['dense']['accuracy']:.1%})" in text
+    assert not re.search(r"\b(nan|inf|None)\b", text)
+    assert "_" not in text
+
+
+def difference(points: float, p_adjusted: float) -> dict:
+    return {
+        "difference": points / 100,
+        "low": points / 100 - 0.01,
+        "high": points / 100 + 0.01,
+        "p_adjusted": p_adjusted,
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "verdict"),
+    [
+        (difference(2.0, 0.01), "+2.0 points (+1.0 to +3.0, p = 0.01)", "better beyond chance"),
+        (difference(-2.0, 0.0499), "-2.0 points (-3.0 to -1.0, p = 0.05)", "worse beyond chance"),
+        (difference(0.5, 0.05), "+0.5 points (-0.5 to +1.5, p = 0.05)", "not distinguishable from none"),
+        (difference(-9.0, 1e-9), "-9.0 points (-10.0 to -8.0, p < 0.001)", "worse beyond chance"),
+        (difference(0.0, 1.0), "+0.0 points (-1.0 to +1.0, p = 1)", "not distinguishable from none"),
+    ],
+)
+def test_a_difference_in_words(row, words, verdict):
+    assert comparison.points(row) == words
+    assert comparison.verdict(row) == verdict
+
+
+def test_a_finding_in_words_worked_out_by_hand():
+    lead = {"sparsity": 0.5, "best": "merged", "second": "magnitude", "accuracy": 0.871, **difference(1.0, 0.02)}
+    found = {
+        "seeds": 1,
+        "test_reviews": 2500,
+        "sparsity": 0.9,
+        "best": "merged",
+        "single": "magnitude",
+        "comparator_name": "movement_first_order",
+        "leaders": [lead, {**lead, "sparsity": 0.9, "best": "movement_first_order", **difference(0.2, 0.4)}],
+        "merge": difference(1.5, 0.001),
+        "comparator": difference(-1.0, 0.2),
+        "control": difference(0.3, 0.6),
+        "kept": difference(-3.0, 1e-5),
+        "recovery": {"before": 0.612, "after": 0.843},
+        "dense": {"accuracy": 0.88},
+    }
+    text = comparison.finding_text(found)
+    for words in (
+        "same 2,500 test reviews, one seed",
+        "merged at 50% (87.1%; +1.0 points (+0.0 to +2.0, p = 0.02) to magnitude), movement first order at 90% (87.1%;",
+        "Leads beyond chance: 1 of 2.",
+        "At 90%, the merge against magnitude: +1.5 points (+0.5 to +2.5, p = 0.001): better beyond chance.",
+        "Movement first order, its best score right after pruning, against merged: -1.0 points (-2.0 to +0.0, p = 0.2)",
+        "p = 0.2): not distinguishable from none.",
+        "Merged at 90% (validation): 61.2% right after pruning, 84.3% after recovery.",
+        "change the dense model (88.0%) by +0.3 points (-0.7 to +1.3, p = 0.6).",
+        "removing 90% of the block weights is worth -3.0 points (-4.0 to -2.0, p < 0.001): worse beyond chance.",
+    ):
+        assert words in text
