@@ -131,7 +131,7 @@ def compare_rivals(run: Run) -> pd.DataFrame:
 # --- what was unlearned ---
 
 
-def unlearned(run: Run, count: int = 60) -> pd.DataFrame:
+def unlearned(run: Run, count: int = 40) -> pd.DataFrame:
     """Bits per byte of each body as a language model, before and after: a row a model, domain and seed.
 
     On validation reviews and on text of another domain, ``count`` each; "pruned_..." has not been recovered.

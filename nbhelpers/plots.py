@@ -279,7 +279,7 @@ def accuracy_curves(curves: pd.DataFrame, dense: float, control: float | None = 
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     row[0].set_ylabel("validation accuracy")
     row[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    many = curves["criterion"].nunique() > 5
+    many = curves["criterion"].nunique() > 4
     place = (
         {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         if many

@@ -49,7 +49,7 @@ class Profile:
     recovery_sparsities: tuple[float, ...] = (0.8, 0.9)
     main_sparsity: float = 0.9  # of recovery_sparsities, the one that 04 converts and 06 compares
     recovery_steps: int = 60
-    recovery_learning_rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)  # the best on validation is taken
+    recovery_learning_rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)  # each score gets its best on validation
     comparator_sparsities: tuple[float, ...] = (0.9,)  # at which the comparators but the best are recovered
     structured_sparsities: tuple[float, ...] = (0.5, 0.75)  # of whole heads and neurons, in 04
 
@@ -229,6 +229,7 @@ PROFILES = {
         validation_size=400,
         max_tokens=128,
         recovery_steps=40,
+        recovery_learning_rates=(3e-4, 1e-3),
         scan_steps=30,
     ),
     # Sized in tokens for an evening on two cores: three seeds and all labelled reviews come before many recovery steps

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ SCORES = (*MAIN, *criteria.COMPARATORS)
 # What removes weights: by a score, or as SparseGPT does it, which also changes the weights that stay.
 PRUNERS = (*SCORES, "sparsegpt")
 SPARSEGPT_REVIEWS = 128
+RATES = "rates.json"  # beside the model of the best learning rate
 
 
 # --- 02: statistics and scores ---
@@ -176,48 +178,65 @@ def pruned_curves(run: Run, pruners: tuple[str, ...] = PRUNERS) -> pd.DataFrame:
 # --- 03: recovery ---
 
 
-def train_on(
-    run: Run, model, folder: Path | None, description: str, rate: float, keeper=None, data=None, loss=None
-) -> None:
-    """A profile's recovery steps, without a choice among checkpoints: the last one counts; saved where folder is."""
+def train_on(run: Run, model, description: str, rate: float, keeper=None, data=None, loss=None) -> list[dict]:
+    """A profile's recovery steps, without a choice among checkpoints: the last one counts. Returns the history."""
     recipe = dataclasses.replace(recipe_for(run.profile, "recover"), learning_rate=rate)
     options = {"seed": run.seed, "mask_keeper": keeper, "loss_function": loss, "description": description}
-    history = train(model, data or dataset(run, "train"), recipe, **options)
-    if folder:
-        save_dense(model, folder)
-        write_history(folder, history)
+    return train(model, data or dataset(run, "train"), recipe, **options)
 
 
-def scan_recovery_rates(run: Run) -> pd.DataFrame:
-    """Artefact ``recovery_rates``: the merged pruning and the dense control with each learning rate of the profile.
+def save_trained(model, history: list[dict], folder: Path) -> None:
+    save_dense(model, folder)
+    write_history(folder, history)
 
-    A row each: what ("pruned" or "control"), learning_rate, accuracy (validation). The same steps and data order as
-    every recovery; the control gets a rate of its own, so that it is no weaker for ours.
+
+def recover_in_place(run: Run, what: str, sparsity: float, rate: float, chosen: dict | None) -> tuple:
+    """The fine-tuned model pruned with some masks and trained on, or without any; and its history."""
+    model = run.load_model("fine_tuned")
+    keeper = masks.MaskKeeper(model, chosen) if chosen is not None else None
+    title = f"recovering {what} at {sparsity:.0%}" if keeper else "dense control"
+    history = train_on(run, model, f"{title}, learning rate {rate:g}", rate, keeper)
+    if keeper and keeper.revived():
+        raise RuntimeError(f"{keeper.revived()} weights pruned by {what} revived during recovery")
+    return model, history
+
+
+def scan_recovery_rates(run: Run, what: str) -> pd.DataFrame:
+    """Artefact ``rates_<what>``: a score's pruning at the main sparsity, or "control", with each learning rate.
+
+    Each score and the dense control get the rate that suits them best on validation: with one for all, the one whom
+    it was chosen for would win. Returns a row a rate: what, learning_rate, accuracy; the best model is kept.
     """
+    dense, main = what == "control", run.profile.main_sparsity
 
     def build(folder):
-        rows = []
-        for what in ("pruned", "control"):
-            for rate in run.profile.recovery_learning_rates:
-                model, keeper = run.load_model("fine_tuned"), None
-                if what == "pruned":
-                    chosen = masks.select(scores_of(run, "merged"), run.profile.main_sparsity)
-                    keeper = masks.MaskKeeper(model, chosen)
-                train_on(run, model, None, f"{what}, learning rate {rate:g}", rate, keeper)
-                rows.append({"what": what, "learning_rate": rate, "accuracy": validator(run)(model)})
-        (folder / "rates.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        chosen, rows = None if dense else masks.select(scores_of(run, what), main), []
+        for rate in run.profile.recovery_learning_rates:
+            model, history = recover_in_place(run, what, main, rate, chosen)
+            rows.append({"what": what, "learning_rate": rate, "accuracy": validator(run)(model)})
+            if rows[-1]["accuracy"] > max((row["accuracy"] for row in rows[:-1]), default=-1):
+                save_trained(model, history, folder)
+        (folder / RATES).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
-    scores_of(run, "merged")
+    if not dense:
+        score_weights(run, (what,))
     settings = pick(run.profile, *RECOVERY_FIELDS, "recovery_learning_rates", "main_sparsity", seed=run.seed)
-    run.cached("recovery_rates", settings, build, ("fine_tuned", "scores_merged"), made_by="03")
-    return pd.DataFrame(json.loads((run.folder("recovery_rates") / "rates.json").read_text(encoding="utf-8")))
+    inputs = ("fine_tuned",) if dense else ("fine_tuned", f"scores_{what}")
+    run.cached(f"rates_{what}", settings, build, inputs, made_by="03")
+    return pd.DataFrame(json.loads((run.folder(f"rates_{what}") / RATES).read_text(encoding="utf-8")))
 
 
 def recovery_rate(run: Run, what: str) -> float:
-    """The learning rate with which "pruned" or "control" was best on validation; the first of equals."""
-    table = scan_recovery_rates(run)
-    table = table[table["what"] == what]
+    """The learning rate with which a score's pruning, or "control", was best on validation; the first of equals."""
+    table = scan_recovery_rates(run, what)
     return float(table.loc[table["accuracy"].idxmax(), "learning_rate"])
+
+
+def copy_best(run: Run, what: str, folder: Path) -> None:
+    """The model that the scan of learning rates kept."""
+    for path in run.folder(f"rates_{what}").iterdir():
+        if path.name not in (RATES, "artifact.json"):
+            shutil.copy(path, folder)
 
 
 def recover_model(run: Run, criterion: str, sparsity: float, chosen: dict | None = None, stage: str = "recovered"):
@@ -226,19 +245,20 @@ def recover_model(run: Run, criterion: str, sparsity: float, chosen: dict | None
     chosen: other masks than those of the criterion's scores. Returns a dict: seed, criterion, sparsity (reached),
     accuracy (validation), and how many pruned weights revived (0).
     """
-    name, rate = model_name(stage, criterion, sparsity), recovery_rate(run, "pruned")
+    name, rate = model_name(stage, criterion, sparsity), recovery_rate(run, criterion)
+    scanned = chosen is None and sparsity == run.profile.main_sparsity
     chosen = masks.select(scores_of(run, criterion), sparsity) if chosen is None else chosen
 
     def build(folder):
-        model = run.load_model("fine_tuned")
-        keeper = masks.MaskKeeper(model, chosen)
-        train_on(run, model, folder, f"recovering {criterion} at {sparsity:.0%}", rate, keeper)
-        if keeper.revived():
-            raise RuntimeError(f"{keeper.revived()} pruned weights of {name} revived during recovery")
+        if scanned:
+            copy_best(run, criterion, folder)
+        else:
+            save_trained(*recover_in_place(run, criterion, sparsity, rate, chosen), folder)
 
     bits = b"".join(np.packbits(mask.numpy()).tobytes() for mask in chosen.values())
     settings = pick(run.profile, *RECOVERY_FIELDS, masks=hashlib.sha256(bits).hexdigest(), rate=rate, seed=run.seed)
-    run.cached(name, settings, build, ("fine_tuned", f"scores_{criterion}"), kind="dense", made_by=maker_of(name))
+    inputs = (f"rates_{criterion}",) if scanned else ("fine_tuned", f"scores_{criterion}")
+    run.cached(name, settings, build, inputs, kind="dense", made_by=maker_of(name))
     model = run.load_model(name)
     zeros = {n: w != 0 for n, w in prunable_weights(model).items()}
     return {
@@ -255,13 +275,9 @@ def train_control(run: Run) -> float:
 
     Returns its validation accuracy.
     """
-    rate = recovery_rate(run, "control")
-
-    def build(folder):
-        train_on(run, run.load_model("fine_tuned"), folder, "dense control", rate)
-
-    settings = pick(run.profile, *RECOVERY_FIELDS, rate=rate, seed=run.seed)
-    run.cached("fine_tuned_extra", settings, build, ("fine_tuned",), kind="dense", made_by="03")
+    settings = pick(run.profile, *RECOVERY_FIELDS, rate=recovery_rate(run, "control"), seed=run.seed)
+    build = functools.partial(copy_best, run, "control")
+    run.cached("fine_tuned_extra", settings, build, ("rates_control",), kind="dense", made_by="03")
     return validation_accuracy(run, "fine_tuned_extra")
 
 
@@ -271,19 +287,20 @@ def recover_otherwise(run: Run, way: str, criterion: str, sparsity: float) -> st
     "gradual" reaches the sparsity step by step over the first 70 % of the steps; "taught" starts from the pruned model
     and learns from the labels and the dense model's logits in equal parts (T = 2). Returns the artefact's name.
     """
-    name, rate = model_name(way, criterion, sparsity), recovery_rate(run, "pruned")
+    name, rate = model_name(way, criterion, sparsity), recovery_rate(run, criterion)
     score = scores_of(run, criterion)
 
     def build(folder):
         model, what = run.load_model("fine_tuned"), f"recovering {criterion} at {sparsity:.0%}, {way}"
         if way == "taught":
             keeper = masks.MaskKeeper(model, masks.select(score, sparsity))
-            train_on(run, model, folder, what, rate, keeper, *teacher_data_and_loss(run, 0.5, 2.0))
+            history = train_on(run, model, what, rate, keeper, *teacher_data_and_loss(run, 0.5, 2.0))
         else:
             steps = round(GRADUAL_SHARE * run.profile.recovery_steps)
             keeper = masks.GradualKeeper(model, lambda: score, sparsity, steps)
-            train_on(run, model, folder, what, rate, keeper)
+            history = train_on(run, model, what, rate, keeper)
             keeper.finish()
+        save_trained(model, history, folder)
 
     settings = pick(run.profile, *RECOVERY_FIELDS, sparsity=sparsity, rate=rate, seed=run.seed)
     run.cached(name, settings, build, ("fine_tuned", f"scores_{criterion}"), kind="dense", made_by="03")

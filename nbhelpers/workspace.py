@@ -364,6 +364,7 @@ def maker_of(name: str) -> str:
         "calibration": "02",
         "masks": "03",
         "recovered": "03",
+        "rates": "03",
         "pruned": "03",
         "fine_tuned_extra": "03",
     }

@@ -153,14 +153,13 @@ def test_a_changed_setting_trains_again_what_depends_on_it_and_nothing_else(work
         return {name for name in before | after if after.get(name) != before.get(name)}
 
     first = made()
-    recovery = {"recovery_rates", "fine_tuned_extra", "logits_fine_tuned_extra_validation"}
-    scores = {"calibration", *(f"scores_{name}" for name in pruning.MAIN)}
-    assert set(first) == {"pretrained", "fine_tuned"} | scores | recovery
+    recovery = {"rates_control", "fine_tuned_extra", "logits_fine_tuned_extra_validation"}
+    assert set(first) == {"pretrained", "fine_tuned"} | recovery
     assert made() == first
     steps = made(recovery_steps=2)
     assert changed(first, steps) == recovery
     longer = made(recovery_steps=2, epochs=2)
-    assert changed(steps, longer) == {"fine_tuned"} | scores | recovery
+    assert changed(steps, longer) == {"fine_tuned"} | recovery
     measured = made(recovery_steps=2, epochs=2, latency_repeats=7, student_layers=(2,), seeds=3)
     assert measured == longer, "what a model does not depend on does not train it again"
     rates = made(recovery_steps=2, epochs=2, recovery_learning_rates=(2e-3,))

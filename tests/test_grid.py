@@ -104,7 +104,8 @@ def found_by_notebooks(run: Run) -> None:
         experiments.finetune_model(one)
         pruning.score_weights(one, pruning.MAIN)
     pruning.pruned_curves(run)
-    pruning.scan_recovery_rates(run)
+    for what in ("control", *pruning.SCORES):
+        pruning.scan_recovery_rates(run, what)
     pruning.recover_all(run)
     pruning.recovered_curves(run)
     for way in ("gradual", "taught"):

@@ -175,43 +175,38 @@ def recovered_by_hand(run: Run, rate: float, scores: dict | None = None, sparsit
     return model
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_recovery_and_its_control_take_the_rate_that_was_best_on_validation(study, seed):
-    run = open_run(study.run.profile, seed)
-    scan = pruning.scan_recovery_rates(run)
-    rates, scores = (1e-4, 1e-2), pruning.scores_of(run, "merged")
-    asked = [(what, rate) for what in ("pruned", "control") for rate in rates]
+@pytest.mark.parametrize(("seed", "what"), [(0, "control"), (1, "merged"), (1, "wanda")])
+def test_every_score_and_the_control_take_the_rate_that_was_best_for_them_on_validation(study, seed, what):
+    run, rates = open_run(study.run.profile, seed), (1e-4, 1e-2)
+    scan = pruning.scan_recovery_rates(run, what)
+    asked = [(what, rate) for rate in rates]
     assert list(scan[["what", "learning_rate"]].itertuples(index=False, name=None)) == asked
-    data = experiments.dataset(run, "validation")
-    for what, name in (("pruned", "recovered_merged_90"), ("control", "fine_tuned_extra")):
-        models = [recovered_by_hand(run, rate, scores if what == "pruned" else None) for rate in rates]
-        accuracy = [evaluate_accuracy(model, data) for model in models]
-        assert scan.loc[scan["what"] == what, "accuracy"].tolist() == accuracy
-        best = accuracy.index(max(accuracy))
-        assert pruning.recovery_rate(run, what) == rates[best]
-        assert_same_weights(run.load_model(name), models[best])
-        assert not torch.equal(models[0].score.weight, models[1].score.weight)
+    scores = None if what == "control" else pruning.scores_of(run, what)
+    models = [recovered_by_hand(run, rate, scores) for rate in rates]
+    accuracy = [evaluate_accuracy(model, experiments.dataset(run, "validation")) for model in models]
+    assert scan["accuracy"].tolist() == accuracy
+    best = accuracy.index(max(accuracy))
+    assert pruning.recovery_rate(run, what) == rates[best]
+    name = "fine_tuned_extra" if what == "control" else f"recovered_{what}_90"
+    assert_same_weights(run.load_model(name), models[best])
+    assert not torch.equal(models[0].score.weight, models[1].score.weight)
 
 
-def test_the_rate_is_the_first_of_the_best_of_its_own_rows(study, monkeypatch):
-    table = pd.DataFrame(
-        {
-            "what": ["pruned"] * 3 + ["control"] * 3,
-            "learning_rate": [1e-4, 1e-3, 1e-2] * 2,
-            "accuracy": [0.6, 0.7, 0.7, 0.9, 0.8, 0.95],
-        }
-    )
-    monkeypatch.setattr(pruning, "scan_recovery_rates", lambda run: table)
-    assert pruning.recovery_rate(study.run, "pruned") == 1e-3
+def test_the_rate_is_the_first_of_the_best(study, monkeypatch):
+    tables = {"merged": [0.6, 0.7, 0.7], "control": [0.9, 0.8, 0.95]}
+
+    def scan(run, what):
+        return pd.DataFrame({"what": what, "learning_rate": [1e-4, 1e-3, 1e-2], "accuracy": tables[what]})
+
+    monkeypatch.setattr(pruning, "scan_recovery_rates", scan)
+    assert pruning.recovery_rate(study.run, "merged") == 1e-3
     assert pruning.recovery_rate(study.run, "control") == 1e-2
 
 
-def test_every_score_is_recovered_with_the_rate_that_the_merge_chose(study):
+def test_other_sparsities_are_recovered_with_the_rate_of_the_main_one(study):
     run = study.run
-    rate = pruning.recovery_rate(run, "pruned")
-    for criterion, sparsity in (("movement", 0.5), ("random", 0.9)):
-        model = recovered_by_hand(run, rate, pruning.scores_of(run, criterion), sparsity)
-        assert_same_weights(run.load_model(experiments.model_name("recovered", criterion, sparsity)), model)
+    model = recovered_by_hand(run, pruning.recovery_rate(run, "movement"), pruning.scores_of(run, "movement"), 0.5)
+    assert_same_weights(run.load_model("recovered_movement_50"), model)
 
 
 def test_the_criteria_and_the_best_comparator_are_recovered_everywhere_and_the_others_where_asked(study):
