@@ -72,6 +72,7 @@ def color(name: str, unknown: str | None = COLORS["dense"]) -> str | None:
         "fine": "dense",
         "extra": "control",
         "tf-idf": "baseline",
+        "tfidf": "baseline",
         "chance": "baseline",
         "untrained": "baseline",
     }
@@ -86,7 +87,7 @@ def color(name: str, unknown: str | None = COLORS["dense"]) -> str | None:
 
 def label(name: str) -> str:
     """A model's or criterion's name as a reader would write it."""
-    return name.replace("_", " ")
+    return name.replace("_", " ").replace("tfidf", "TF-IDF")
 
 
 def axes(columns: int = 1, rows: int = 1, width: float = 6.4, height: float = 3.6, **options):
@@ -549,7 +550,7 @@ def forgotten(table: pd.DataFrame) -> Figure:
             ax.vlines(places, found["forgotten_low"], found["forgotten_high"], color=shade, linewidth=2)
             ax.plot(places, found["forgotten"], "o", color=shade, label=label(model), clip_on=False)
             ax.axhline(part.loc[part["feature"] == "all", "forgotten"].item(), color=shade, linestyle="--", linewidth=1)
-        ax.set_xticks(range(len(names)), names, fontsize="small")
+        ax.set_xticks(range(len(names)), names, fontsize="x-small")
         ax.set_xlim(-0.5, len(names) - 0.5)
         ax.set_title(titles.get(feature, label(feature)))
     for ax in np.ravel(grid)[len(features) :]:
