@@ -30,7 +30,7 @@ from nbhelpers.experiments import (
 )
 from nbhelpers.models import prunable_weights, save_dense, stored_in_out, structures
 from nbhelpers.profiles import Profile
-from nbhelpers.sparse import convert_gpt2_to_sparse, save_sparse
+from nbhelpers.sparse import convert_to_sparse, save_sparse
 from nbhelpers.statistics import calibrate
 from nbhelpers.training import recipe_for, train
 from nbhelpers.workspace import Run, maker_of, save_tensors
@@ -372,7 +372,7 @@ def sparsify(
     dense = model_name(source, criterion, sparsity)
 
     def build(folder):
-        save_sparse(convert_gpt2_to_sparse(run.load_model(dense), backend), folder)
+        save_sparse(convert_to_sparse(run.load_model(dense), backend), folder)
 
     settings = {"criterion": criterion, "sparsity": sparsity, "backend": backend}
     return run.cached(model_name(stage, criterion, sparsity), settings, build, (dense,), kind="sparse", made_by="04")

@@ -1,5 +1,6 @@
-"""Sparse execution: the kernel, the layers, GPT-2 made of them, and their files."""
+"""Sparse execution: the kernel, the layers, GPT-2 and other decoders made of them, and their files."""
 
+from nbhelpers.sparse.decoder import convert_to_sparse, count_actual_params
 from nbhelpers.sparse.gpt2 import (
     SparseGPT2Attention,
     SparseGPT2Block,
@@ -8,7 +9,6 @@ from nbhelpers.sparse.gpt2 import (
     SparseGPT2Model,
     compact,
     convert_gpt2_to_sparse,
-    count_actual_params,
 )
 from nbhelpers.sparse.layers import SparseLinear
 from nbhelpers.sparse.storage import load_sparse, save_sparse
@@ -22,6 +22,7 @@ __all__ = [
     "SparseLinear",
     "compact",
     "convert_gpt2_to_sparse",
+    "convert_to_sparse",
     "count_actual_params",
     "load_sparse",
     "save_sparse",

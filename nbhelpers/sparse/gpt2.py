@@ -254,31 +254,3 @@ def fill(model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
     """Give a skeleton whose sparse layers are in place the rest of its parameters, which need no gradients."""
     model.load_state_dict(parameters, strict=False, assign=True)
     model.requires_grad_(False).eval()
-
-
-def count_actual_params(model: nn.Module) -> dict[str, int | float]:
-    """How many parameters a model has and how many of them still do something.
-
-    total: all that the architecture has; prunable: the attention and MLP matrices of the blocks; active: those of the
-    prunable weights that are not zero, and all others that are still there; encoder_sparsity: the share of the prunable
-    ones that are gone. A sparse model is counted against the model that it was made from.
-    """
-    if isinstance(model, SparseGPT2ForSequenceClassification):
-        config = copy.deepcopy(model.config)
-        config.kept_heads = config.kept_neurons = None
-        layers, whole = sparse_layers(model), sparse_layers(skeleton(config))
-        others = sum(parameter.numel() for parameter in model.parameters())
-        prunable = sum(layer.in_features * layer.out_features for layer in whole)
-        left = sum(layer.nonzeros for layer in layers)
-        total = prunable + sum(layer.out_features for layer in whole) + others
-        active = left + sum(len(layer.bias) for layer in layers) + others
-    else:
-        from nbhelpers.models import prunable_weights
-
-        weights = prunable_weights(model).values()
-        prunable = sum(weight.numel() for weight in weights)
-        left = sum(int(torch.count_nonzero(weight)) for weight in weights)
-        total = sum(parameter.numel() for parameter in model.parameters())
-        active = total - prunable + left
-    sparsity = 1 - left / prunable if prunable else 0.0
-    return {"total": total, "active": active, "prunable": prunable, "encoder_sparsity": sparsity}

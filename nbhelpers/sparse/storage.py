@@ -1,9 +1,9 @@
 """Sparse models on disk: one bit a weight for where, four bytes a weight that is left for what.
 
-    config.json            the model's GPT2Config
+    config.json            the model's config
     sparse.safetensors     <layer>.bitmap  uint8 [ceil(out * in / 8)], row by row of [out, in], from the top bit down
                            <layer>.values  float32 [nnz], in the same order
-                           <layer>.bias    float32 [out]
+                           <layer>.bias    float32 [out], zeros where the layer has none
                            and the embeddings, LayerNorms and head as they are; the backends are in the metadata
 
 The round trip is exact to the bit for every weight that is left, NaN and denormals included. A weight of zero counts
@@ -17,18 +17,20 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import GPT2Config
+from torch import nn
+from transformers import AutoConfig
 
-from nbhelpers.sparse.gpt2 import SparseGPT2ForSequenceClassification, fill, skeleton, sparse_names
+from nbhelpers.sparse.decoder import empty_like
+from nbhelpers.sparse.gpt2 import fill, sparse_names
 from nbhelpers.sparse.layers import SparseLinear, mask_to_csr, to_mask
 
 FILE = "sparse.safetensors"
 
 
-def save_sparse(model: SparseGPT2ForSequenceClassification, folder: str | Path) -> Path:
-    """Write a sparse model into a folder, which is made where it is missing. Raises ``TypeError`` for another model."""
-    if not isinstance(model, SparseGPT2ForSequenceClassification):
-        raise TypeError(f"save_sparse takes a SparseGPT2ForSequenceClassification, not {type(model).__name__}")
+def save_sparse(model: nn.Module, folder: str | Path) -> Path:
+    """Write a sparse model into a folder, which is made where it is missing. Raises ``TypeError`` for a dense model."""
+    if not sparse_names(model):
+        raise TypeError(f"save_sparse takes a model that convert_to_sparse has made, not a {type(model).__name__}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
@@ -42,7 +44,7 @@ def save_sparse(model: SparseGPT2ForSequenceClassification, folder: str | Path) 
     return folder
 
 
-def load_sparse(folder: str | Path) -> SparseGPT2ForSequenceClassification:
+def load_sparse(folder: str | Path) -> nn.Module:
     """The model that ``save_sparse`` wrote, each layer with the backend that it had.
 
     Raises ``ValueError`` that names the file when it is missing, damaged or incomplete.
@@ -50,8 +52,7 @@ def load_sparse(folder: str | Path) -> SparseGPT2ForSequenceClassification:
     path = Path(folder) / FILE
     config_path = Path(folder) / "config.json"
     try:
-        config = GPT2Config.from_json_file(config_path)
-        model = skeleton(config)
+        model = empty_like(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{config_path} is missing or damaged: {error}") from error
     try:

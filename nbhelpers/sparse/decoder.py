@@ -1,0 +1,81 @@
+"""Any decoder with its pruned layers made sparse: the architecture's own code, products without the zeros.
+
+GPT-2 has more of its own (``gpt2.py``: no padding, a fused MLP); here the layers alone are exchanged, which works for
+whatever ``models.prunable_weights`` finds in a model, Llama with grouped-query attention and a gated MLP for one.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, GPT2ForSequenceClassification, PreTrainedConfig
+
+from nbhelpers.models import prunable_weights
+from nbhelpers.sparse.gpt2 import (
+    SparseGPT2ForSequenceClassification,
+    convert_gpt2_to_sparse,
+    skeleton,
+    sparse_layers,
+)
+from nbhelpers.sparse.layers import SparseLinear
+
+
+def convert_to_sparse(model: nn.Module, backend: str = "auto") -> nn.Module:
+    """The sparse model that gives the logits of a (masked) decoder, within float rounding.
+
+    A GPT-2 becomes a ``SparseGPT2ForSequenceClassification``; of any other decoder, a copy whose prunable layers are
+    ``SparseLinear``. backend: see ``SparseLinear.from_dense``. Raises ``TypeError`` where nothing can be pruned.
+    """
+    if isinstance(model, GPT2ForSequenceClassification) and not model.config.add_cross_attention:
+        return convert_gpt2_to_sparse(model, backend)
+    names = [name.removesuffix(".weight") for name in prunable_weights(model)]
+    if not names:
+        raise TypeError(f"{type(model).__name__} has no layers that can be pruned, so none to make sparse")
+    sparse = copy.deepcopy(model).float().requires_grad_(False).eval()
+    for name in names:
+        sparse.set_submodule(name, SparseLinear.from_dense(model.get_submodule(name), backend))
+    return sparse
+
+
+def empty_like(config: PreTrainedConfig) -> nn.Module:
+    """A sparse model of a config's architecture, to be filled: no weights are left in its sparse layers."""
+    if config.model_type == "gpt2":
+        return skeleton(config)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    for name in [name.removesuffix(".weight") for name in prunable_weights(model)]:
+        layer = model.get_submodule(name)
+        model.set_submodule(name, SparseLinear(layer.in_features, layer.out_features))
+    return model.requires_grad_(False).eval()
+
+
+def count_actual_params(model: nn.Module) -> dict[str, int | float]:
+    """How many parameters a model has and how many of them still do something.
+
+    total: all that the architecture has; prunable: the attention and MLP matrices of the blocks; active: those of the
+    prunable weights that are not zero, and all others that are still there; encoder_sparsity: the share of the prunable
+    ones that are gone. A sparse model is counted against the model that it was made from.
+    """
+    layers = sparse_layers(model)
+    if isinstance(model, SparseGPT2ForSequenceClassification):
+        config = copy.deepcopy(model.config)
+        config.kept_heads = config.kept_neurons = None
+        whole = sparse_layers(skeleton(config))
+        others = sum(parameter.numel() for parameter in model.parameters())
+        prunable = sum(layer.in_features * layer.out_features for layer in whole)
+        left = sum(layer.nonzeros for layer in layers)
+        total = prunable + sum(layer.out_features for layer in whole) + others
+        active = left + sum(len(layer.bias) for layer in layers) + others
+    elif layers:
+        with torch.device("meta"):
+            total = sum(p.numel() for p in AutoModelForSequenceClassification.from_config(model.config).parameters())
+        prunable = sum(layer.in_features * layer.out_features for layer in layers)
+        left = sum(layer.nonzeros for layer in layers)
+        active = total - prunable + left
+    else:
+        weights = prunable_weights(model).values()
+        prunable = sum(weight.numel() for weight in weights)
+        left = sum(int(torch.count_nonzero(weight)) for weight in weights)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        active = total - prunable + left
+    sparsity = 1 - left / prunable if prunable else 0.0
+    return {"total": total, "active": active, "prunable": prunable, "encoder_sparsity": sparsity}

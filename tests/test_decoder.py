@@ -1,0 +1,108 @@
+"""Other decoders than GPT-2: what is pruned in them, and that their sparse selves say the same."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
+
+from nbhelpers import criteria, masks
+from nbhelpers.models import create_student, load_dense, prunable_weights, save_dense
+from nbhelpers.sparse import convert_to_sparse, count_actual_params, load_sparse, save_sparse
+from nbhelpers.statistics import GradientMagnitude, calibrate
+
+SHAPE = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.4}
+# q and o are 16 x 16, k and v 16 x 8 (two groups of heads), and three of the MLP 16 x 24.
+PRUNABLE = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24)
+IDS = torch.tensor([[5, 6, 7, 8, 9], [4, 3, 0, 0, 0]])
+
+
+@pytest.fixture(params=["llama", "qwen2"])
+def model(request):
+    """RMSNorm, grouped-query attention, a gated MLP; Llama without any bias, Qwen2 with some."""
+    torch.manual_seed(0)
+    if request.param == "llama":
+        return LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_labels=2)).eval()
+    found = Qwen2ForSequenceClassification(Qwen2Config(**SHAPE, num_labels=2)).eval()
+    for name, parameter in found.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return found
+
+
+def prune(model, sparsity=0.8):
+    weights = {name: weight.detach() for name, weight in prunable_weights(model).items()}
+    return masks.apply_masks(model, masks.select(criteria.magnitude_based_pruning(weights, {}), sparsity))
+
+
+def test_the_seven_matrices_of_each_block_may_be_pruned(model):
+    weights = prunable_weights(model)
+    assert len(weights) == 14 and sum(weight.numel() for weight in weights.values()) == PRUNABLE
+    assert not any("embed" in name or "norm" in name or "score" in name for name in weights)
+
+
+@torch.inference_mode()
+def test_the_sparse_model_gives_the_logits_of_the_masked_one(model):
+    expected = prune(model)(input_ids=IDS).logits
+    for backend in ("auto", "torch_csr", "dense"):
+        sparse = convert_to_sparse(model, backend)
+        torch.testing.assert_close(sparse(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert model.get_submodule("model.layers.0.mlp.up_proj").weight.requires_grad, "the original is left as it was"
+
+
+@torch.inference_mode()
+def test_a_sparse_model_comes_back_from_its_file_to_the_bit(model, tmp_path):
+    sparse = convert_to_sparse(prune(model), "torch_csr")
+    save_sparse(sparse, tmp_path)
+    assert torch.equal(load_sparse(tmp_path)(input_ids=IDS).logits, sparse(input_ids=IDS).logits)
+    dense = tmp_path / "dense"
+    save_dense(model, dense)
+    sizes = [sum(p.stat().st_size for p in folder.glob("*.safetensors")) for folder in (tmp_path, dense)]
+    kept = round(0.2 * PRUNABLE)
+    assert sizes[0] < sizes[1] - 4 * (PRUNABLE - kept) + PRUNABLE / 8 + 6000, "four bytes a weight left, one bit each"
+    assert torch.equal(load_dense(dense)(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_parameters_are_counted_against_the_whole_architecture(model):
+    total = sum(parameter.numel() for parameter in model.parameters())
+    gone = round(0.8 * PRUNABLE)
+    expected = {"total": total, "active": total - gone, "prunable": PRUNABLE, "encoder_sparsity": gone / PRUNABLE}
+    assert count_actual_params(prune(model)) == pytest.approx(expected)
+    assert count_actual_params(convert_to_sparse(model, "torch_csr")) == pytest.approx(expected)
+
+
+def test_statistics_and_every_score_cover_every_prunable_weight(model):
+    statistics = calibrate(model, [[5, 6, 7], [8, 9]], [0, 1])
+    observer = GradientMagnitude(model)
+    nn.functional.cross_entropy(model(input_ids=IDS).logits, torch.tensor([0, 1])).backward()
+    observer.after_backward()
+    weights = {name: weight.detach() for name, weight in prunable_weights(model).items()}
+    statistics |= {"pretrained": weights, "mean_abs_gradient": observer.mean(), "first_order_movement": weights}
+    for name, score in (criteria.CRITERIA | criteria.COMPARATORS).items():
+        scores = score(weights, statistics)
+        assert {n: s.shape for n, s in scores.items()} == {n: w.shape for n, w in weights.items()}, name
+    wanda = criteria.wanda(weights, statistics)["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(wanda.sort(dim=1).values[0], torch.arange(16) / 16), "ranked within each output row"
+
+
+def test_a_student_has_the_blocks_of_its_teacher(model):
+    student = create_student(model, 1)
+    assert len(student.model.layers) == 1
+    for name, parameter in student.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
+
+
+def test_a_model_that_is_no_decoder_is_refused_with_the_reason():
+    small = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 1}
+    encoder = BertForSequenceClassification(BertConfig(vocab_size=20, **small))
+    with pytest.raises(TypeError, match="BertForSequenceClassification has no layers that can be pruned"):
+        convert_to_sparse(encoder)
+    with pytest.raises(TypeError, match="convert_to_sparse"):
+        save_sparse(encoder, "nowhere")
