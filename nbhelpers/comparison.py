@@ -36,6 +36,7 @@ from nbhelpers.pruning import (
     prune_model,
     recoveries,
     scores_of,
+    structured_sparsities,
 )
 from nbhelpers.sparse import count_actual_params
 from nbhelpers.workspace import Run
@@ -48,7 +49,7 @@ def compared_models(run: Run) -> list[str]:
     main, best = run.profile.main_sparsity, best_criterion(run)
     recovered = [model_name("recovered", c, main) for c in (*MAIN, best_comparator(run))]
     sparse = [model_name("sparse", best, sparsity) for sparsity in converted_sparsities(run.profile)]
-    compact = [model_name("compact", best, sparsity) for sparsity in run.profile.structured_sparsities]
+    compact = [model_name("compact", best, sparsity) for sparsity in structured_sparsities(run)]
     students = [f"student_{variant}_{layers}" for variant, layers in student_variants(run.profile)]
     return [*LINES, *recovered, *sparse, *compact, *students]
 

@@ -44,6 +44,7 @@ from nbhelpers.pruning import (
     recover_otherwise,
     recoveries,
     score_weights,
+    structured_sparsities,
     train_control,
 )
 from nbhelpers.training import mixed_precision
@@ -81,6 +82,12 @@ def otherwise_cell(run: Run, one: Run, way: str) -> None:
     answers_right(one, name, "validation")
 
 
+def structured_cell(run: Run, sparsity: float) -> None:
+    """A model without whole heads and neurons, where they can be taken out of it."""
+    if sparsity in structured_sparsities(run):
+        compact_model(run, sparsity)
+
+
 def judge_cell(run: Run, one: Run, criterion: str) -> None:
     """The answers of a seed's recovered models on the test reviews, which ``open-test`` has declared."""
     for (score, _), name in recovered_names(run).items():
@@ -106,7 +113,7 @@ def phases(run: Run, notebooks: Collection[str] = tuple(NOTEBOOK.values())) -> l
         | {f"prune-{one.seed}-{p}": lambda one=one, p=p: pruned_logits(one, p) for one in seeds for p in PRUNERS},
         {f"recover-{one.seed}-{c}": lambda one=one, c=c: recover_cell(run, one, c) for one in seeds for c in SCORES},
         {f"otherwise-{one.seed}-{w}": lambda one=one, w=w: otherwise_cell(run, one, w) for one in seeds for w in ways}
-        | {f"structured-{run.seed}-{share:g}": lambda share=share: compact_model(run, share) for share in shares}
+        | {f"structured-{run.seed}-{share:g}": lambda share=share: structured_cell(run, share) for share in shares}
         | {"open-test": lambda: open_test_part(run)},
         {f"judge-{one.seed}-dense": lambda one=one: judge_dense_cell(one) for one in seeds}
         | {f"judge-{one.seed}-{c}": lambda one=one, c=c: judge_cell(run, one, c) for one in seeds for c in SCORES},

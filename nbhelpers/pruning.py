@@ -28,7 +28,7 @@ from nbhelpers.experiments import (
     validator,
     write_history,
 )
-from nbhelpers.models import prunable_weights, save_dense, stored_in_out, structures
+from nbhelpers.models import has_structures, prunable_weights, save_dense, stored_in_out, structures
 from nbhelpers.profiles import Profile
 from nbhelpers.sparse import convert_to_sparse, save_sparse
 from nbhelpers.statistics import calibrate
@@ -42,6 +42,7 @@ SCORES = (*MAIN, *criteria.COMPARATORS)
 # What removes weights: by a score, or as SparseGPT does it, which also changes the weights that stay.
 PRUNERS = (*SCORES, "sparsegpt")
 SPARSEGPT_REVIEWS = 128
+ROW = ("seed", "criterion", "sparsity", "accuracy", "revived")  # what is said of a recovered model
 RATES = "rates.json"  # beside the model of the best learning rate
 
 
@@ -261,13 +262,9 @@ def recover_model(run: Run, criterion: str, sparsity: float, chosen: dict | None
     run.cached(name, settings, build, inputs, kind="dense", made_by=maker_of(name))
     model = run.load_model(name)
     zeros = {n: w != 0 for n, w in prunable_weights(model).items()}
-    return {
-        "seed": run.seed,
-        "criterion": criterion,
-        "sparsity": masks.sparsity_of(zeros),
-        "accuracy": validation_accuracy(run, name),
-        "revived": masks.MaskKeeper(model, chosen, apply=False).revived(),
-    }
+    revived = masks.MaskKeeper(model, chosen, apply=False).revived()
+    values = (run.seed, criterion, masks.sparsity_of(zeros), validation_accuracy(run, name), revived)
+    return dict(zip(ROW, values, strict=True))
 
 
 def train_control(run: Run) -> float:
@@ -376,6 +373,11 @@ def sparsify(
 
     settings = {"criterion": criterion, "sparsity": sparsity, "backend": backend}
     return run.cached(model_name(stage, criterion, sparsity), settings, build, (dense,), kind="sparse", made_by="04")
+
+
+def structured_sparsities(run: Run) -> tuple[float, ...]:
+    """The sparsities at which whole heads and neurons are taken out: the profile's, or none of another model's."""
+    return run.profile.structured_sparsities if has_structures(run.load_model("fine_tuned")) else ()
 
 
 def structured_masks(run: Run, sparsity: float) -> dict[str, torch.Tensor]:

@@ -36,7 +36,7 @@ class Stage:
 
     needs: artefacts by name or pattern ("recovered_*"), or numbers of notebooks ("05"); figures and tables: names
     without extension; metrics: "section.metric" in ``results.json``; gaps: "table.column" that may hold empty cells,
-    or "table" that may have no rows; over_seeds: files promised only where a profile has several seeds.
+    or "table" that may have no rows;
     """
 
     name: str
@@ -46,7 +46,6 @@ class Stage:
     tables: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
     gaps: tuple[str, ...] = ()
-    over_seeds: tuple[str, ...] = ()
 
     @property
     def number(self) -> str:
@@ -85,16 +84,16 @@ STAGES = {
                 "02_heads",
                 "02_neurons",
                 "02_along_training",
+                "02_stability",
                 "02_votes",
                 "02_flagged",
             ),
-            tables=("retention", "structure_shares", "along_training", "flagged"),
+            tables=("retention", "structure_shares", "along_training", "stability", "flagged"),
             metrics=promise(
                 "criteria",
                 "sparsity thresholds overlap correlation flagged_by_all_at_median most_uneven known_after_a_tenth "
                 "kappa_over_seeds",
             ),
-            over_seeds=("figures/02_stability.png", "tables/stability.csv"),
         ),
         Stage(
             "03_prune_and_recover",
@@ -227,10 +226,10 @@ def artifacts(run: Run) -> dict[str, dict]:
 
 
 def promised_files(run: Run, stage: Stage) -> list[Path]:
-    """The figures and tables that a stage promises to leave for a run's profile."""
-    files = [run.reports / "figures" / f"{name}.png" for name in stage.figures]
-    files += [run.reports / "tables" / f"{name}.csv" for name in stage.tables]
-    return files + [run.reports / name for name in stage.over_seeds if run.profile.seeds > 1]
+    """The figures and tables that a stage promises to leave, less those that ``Run.skip`` has given a reason for."""
+    skipped = run.results().get("skipped", {})
+    files = [run.reports / "figures" / f"{name}.png" for name in stage.figures if name not in skipped]
+    return files + [run.reports / "tables" / f"{name}.csv" for name in stage.tables if name not in skipped]
 
 
 def broken_promises(run: Run, stage: Stage, since: float = 0.0) -> list[str]:
@@ -251,6 +250,8 @@ def broken_promises(run: Run, stage: Stage, since: float = 0.0) -> list[str]:
     results = run.results()
     for metric in stage.metrics:
         section, name = metric.split(".", 1)
+        if metric in results.get("skipped", {}):
+            continue
         if results.get(section, {}).get(name) is None:
             found.append(f"metric {metric} is missing from results.json")
         elif not is_finite(results[section][name]):
@@ -287,8 +288,10 @@ def is_finite(value) -> bool:
 
 
 def forget_metrics(run: Run, stage: Stage) -> None:
-    """Take a stage's promised metrics out of ``results.json``, so that what is there afterwards is new."""
+    """Take what a stage promised or skipped out of ``results.json``, so that what is there afterwards is new."""
     results = run.results()
+    for name in (*stage.figures, *stage.tables, *stage.metrics):
+        results.get("skipped", {}).pop(name, None)
     for metric in stage.metrics:
         section, name = metric.split(".", 1)
         results.get(section, {}).pop(name, None)

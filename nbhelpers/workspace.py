@@ -331,6 +331,11 @@ class Run:
         plain = json.dumps(results, indent=2, default=lambda x: x.item() if hasattr(x, "item") else list(x))
         write_text(self.reports / "results.json", plain + "\n")
 
+    def skip(self, reason: str, *names: str) -> None:
+        """Say and put on record why promised figures, tables or metrics ("section.metric") do not apply to this run."""
+        print(reason)
+        self.record("skipped", **dict.fromkeys(names, reason))
+
     def save_table(self, name: str, table: pd.DataFrame) -> pd.DataFrame:
         """Write ``tables/<name>.csv`` (without the index) and hand the table back, to be shown."""
         write_text(self.reports / "tables" / f"{name}.csv", table.to_csv(index=False))

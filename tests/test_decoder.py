@@ -4,18 +4,22 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     Qwen2Config,
     Qwen2ForSequenceClassification,
 )
 
-from nbhelpers import criteria, masks
-from nbhelpers.models import create_student, load_dense, prunable_weights, save_dense
+from nbhelpers import comparison, criteria, experiments, masks, pruning
+from nbhelpers.models import MINI, check_model, create_student, load_dense, prunable_weights, save_dense
+from nbhelpers.profiles import get_profile
 from nbhelpers.sparse import convert_to_sparse, count_actual_params, load_sparse, save_sparse
 from nbhelpers.statistics import GradientMagnitude, calibrate
+from nbhelpers.workspace import open_run
 
 SHAPE = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.4}
@@ -106,3 +110,40 @@ def test_a_model_that_is_no_decoder_is_refused_with_the_reason():
         convert_to_sparse(encoder)
     with pytest.raises(TypeError, match="convert_to_sparse"):
         save_sparse(encoder, "nowhere")
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory):
+    """A Llama language model and a tokenizer in a folder, as the hub would give them."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = AutoTokenizer.from_pretrained(MINI)
+    torch.manual_seed(0)
+    shape = SHAPE | {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    LlamaForCausalLM(LlamaConfig(**shape | ends)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_llama_goes_through_every_stage(llama_folder, workspace, alone):
+    fields = {"seeds": 1, "sparsities": (0.9,), "recovery_learning_rates": (1e-3,), "precision": "no"}
+    run = open_run(get_profile("smoke", model=str(llama_folder), **fields))
+    check_model(run.profile)
+    experiments.finetune_model(run)
+    recovered = pruning.recover_all(run)
+    assert recovered["revived"].sum() == 0 and len(recovered) == len(pruning.SCORES)
+    best = pruning.best_criterion(run)
+    pruning.recover_otherwise(run, "gradual", best, 0.9)
+    pruning.sparsify(run, best, 0.9)
+    experiments.distil_all(run)
+    assert pruning.structured_sparsities(run) == (), "heads and neurons are taken out of a GPT-2 only"
+    comparison.open_test_part(run)
+    table = comparison.comparison_table(run, comparison.compared_models(run)).set_index("model")
+    sparse, masked = table.loc[f"sparse_{best}_90"], table.loc[f"recovered_{best}_90"]
+    assert sparse["accuracy"] == masked["accuracy"]
+    assert sparse["active_parameters"] == masked["active_parameters"] < table.loc["fine_tuned", "active_parameters"]
+    assert sparse["encoder_sparsity"] == pytest.approx(0.9, abs=1e-3)
+    assert type(run.load_model("fine_tuned")).__name__ == "LlamaForSequenceClassification"
+    assert run.predict(f"sparse_{best}_90", ["A film to forget."]) == pytest.approx(
+        run.predict(f"recovered_{best}_90", ["A film to forget."]), abs=1e-4
+    )
