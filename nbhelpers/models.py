@@ -217,14 +217,9 @@ class Structures:
         return first.reshape(groups, self.count, first.shape[0] // (groups * self.count), -1)
 
 
-def has_structures(model: PreTrainedModel) -> bool:
-    """Whether ``structures`` knows the heads and neurons of a model: of a GPT-2."""
-    return model.config.model_type == "gpt2"
-
-
 def structures(model: PreTrainedModel) -> list[Structures]:
     """The attention heads and MLP neurons of every block, bottom first; raises ``ModelError`` unless it is a GPT-2."""
-    if not has_structures(model):
+    if model.config.model_type != "gpt2":
         raise ModelError(f"{type(model).__name__}: heads and neurons can be taken out of a GPT-2 only")
     found, prefix = [], f"{model.base_model_prefix}.h"
     for i, block in enumerate(blocks(model)):

@@ -28,7 +28,7 @@ from nbhelpers.experiments import (
     validator,
     write_history,
 )
-from nbhelpers.models import has_structures, prunable_weights, save_dense, stored_in_out, structures
+from nbhelpers.models import prunable_weights, save_dense, stored_in_out, structures
 from nbhelpers.profiles import Profile
 from nbhelpers.sparse import convert_to_sparse, save_sparse
 from nbhelpers.statistics import calibrate
@@ -373,6 +373,11 @@ def sparsify(
 
     settings = {"criterion": criterion, "sparsity": sparsity, "backend": backend}
     return run.cached(model_name(stage, criterion, sparsity), settings, build, (dense,), kind="sparse", made_by="04")
+
+
+def has_structures(model: torch.nn.Module) -> bool:
+    """Whether ``models.structures`` knows the heads and neurons of a model: of a GPT-2."""
+    return model.config.model_type == "gpt2"
 
 
 def structured_sparsities(run: Run) -> tuple[float, ...]:
