@@ -39,14 +39,12 @@ DATA_FIELDS = ("data", "data_revision", "train_size", "validation_size", "test_s
 MODEL_FIELDS = ("model", "model_revision", "dropout")
 TRAIN_FIELDS = ("weight_decay", "warmup_share", "max_grad_norm", "precision")
 FINETUNE_FIELDS = (*TRAIN_FIELDS, "batch_size", "epochs", "learning_rate", "layer_decay", "prefix_share")
+FLAGGED = "flagged.safetensors"  # beside the fine-tuned weights: what each criterion flagged along the way
 
 
 def pick(profile: Profile, *fields: str, **extra) -> dict:
     """Some fields of a profile as the settings of an artefact."""
     return {field: getattr(profile, field) for field in fields} | extra
-
-
-FLAGGED = "flagged.safetensors"  # beside the fine-tuned weights: what each criterion flagged along the way
 
 
 def runs_of(run: Run) -> list[Run]:

@@ -108,7 +108,6 @@ def phases(run: Run, notebooks: Collection[str] = tuple(NOTEBOOK.values())) -> l
         {f"finetune-{one.seed}": lambda one=one: finetune_model(one) for one in seeds},
         {f"score-{one.seed}": lambda one=one: score_cell(one) for one in seeds},
         {f"distill-{run.seed}": lambda: distil_all(run)}
-        # A seed's learning rates of recovery are chosen with its control.
         | {f"control-{one.seed}": lambda one=one: train_control(one) for one in seeds}
         | {f"prune-{one.seed}-{p}": lambda one=one, p=p: pruned_logits(one, p) for one in seeds for p in PRUNERS},
         {f"recover-{one.seed}-{c}": lambda one=one, c=c: recover_cell(run, one, c) for one in seeds for c in SCORES},

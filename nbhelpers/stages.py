@@ -36,7 +36,7 @@ class Stage:
 
     needs: artefacts by name or pattern ("recovered_*"), or numbers of notebooks ("05"); figures and tables: names
     without extension; metrics: "section.metric" in ``results.json``; gaps: "table.column" that may hold empty cells,
-    or "table" that may have no rows;
+    or "table" that may have no rows.
     """
 
     name: str

@@ -82,3 +82,25 @@ def study(finished_study, monkeypatch):
     """The finished study as the workspace of one test: root, run, best (criterion), models of each seed, and tables."""
     monkeypatch.setenv("NBHELPERS_ROOT", str(finished_study.root))
     return finished_study
+
+
+@pytest.fixture(scope="session")
+def corpus():
+    """Sixty short texts, enough to train a tokenizer on."""
+    return [
+        f"Review {i}: the {adjective} film had a {noun} that I {verb}, and caf\u00e9 scenes \U0001f3ac too."
+        for i, (adjective, noun, verb) in enumerate(
+            (a, n, v)
+            for a in ("good", "bad", "slow", "funny", "dull")
+            for n in ("plot", "cast", "score", "scene")
+            for v in ("liked", "hated", "forgot")
+        )
+    ]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus, tmp_path_factory):
+    """A byte-level BPE of 320 tokens, trained on the corpus."""
+    from nbhelpers.pretrain import train_tokenizer
+
+    return train_tokenizer(corpus, 320, tmp_path_factory.mktemp("tokenizer"))

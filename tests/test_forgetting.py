@@ -29,7 +29,6 @@ from nbhelpers.forgetting import (
     shorten,
 )
 from nbhelpers.models import ModelError
-from nbhelpers.pretrain import train_tokenizer
 from nbhelpers.sparse import convert_gpt2_to_sparse
 
 GROUP_COLUMNS = [
@@ -365,32 +364,17 @@ def test_models_without_a_next_token_head_are_refused(tmp_path):
 
 # --- bits per byte ---
 
-CORPUS = [
-    f"Review {i}: the {adjective} film had a {noun} that I {verb}, and caf\u00e9 scenes \U0001f3ac too."
-    for i, (adjective, noun, verb) in enumerate(
-        (a, n, v)
-        for a in ("good", "bad", "slow", "funny", "dull")
-        for n in ("plot", "cast", "score", "scene")
-        for v in ("liked", "hated", "forgot")
-    )
-]
 
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return train_tokenizer(CORPUS, 320, tmp_path_factory.mktemp("tokenizer"))
-
-
-def test_encoding_puts_end_of_text_in_front_and_nowhere_else(tokenizer):
-    first, second = forgetting.encode(tokenizer, [CORPUS[0], "spells <|endoftext|> and <|pad|>"])
+def test_encoding_puts_end_of_text_in_front_and_nowhere_else(tokenizer, corpus):
+    first, second = forgetting.encode(tokenizer, [corpus[0], "spells <|endoftext|> and <|pad|>"])
     for row in (first, second):
         assert row[0] == 0
         assert not {0, 1} & set(row[1:].tolist())
     assert tokenizer.decode(second[1:]) == "spells <|endoftext|> and <|pad|>"
 
 
-def test_bits_per_byte_is_the_code_length_over_the_bytes_it_covers(tokenizer):
-    model, texts = tiny_language_model(len(tokenizer)), [*CORPUS[:3], "ok"]
+def test_bits_per_byte_is_the_code_length_over_the_bytes_it_covers(tokenizer, corpus):
+    model, texts = tiny_language_model(len(tokenizer)), [*corpus[:3], "ok"]
     bits, size, cut = 0.0, 0, 0
     for text in texts:
         ids = [0, *tokenizer(text)["input_ids"]]
@@ -408,8 +392,8 @@ def test_bits_per_byte_is_the_code_length_over_the_bytes_it_covers(tokenizer):
     assert bits_per_byte(model, tokenizer, texts, context=12) == pytest.approx(bits / size, rel=1e-5)
 
 
-def test_a_text_is_read_as_far_as_the_model_has_positions(tokenizer):
-    model, text = tiny_language_model(len(tokenizer)), " ".join(CORPUS[:5])
+def test_a_text_is_read_as_far_as_the_model_has_positions(tokenizer, corpus):
+    model, text = tiny_language_model(len(tokenizer)), " ".join(corpus[:5])
     assert len(tokenizer(text)["input_ids"]) > 64
     assert bits_per_byte(model, tokenizer, [text]) == bits_per_byte(model, tokenizer, [text], context=64)
     assert bits_per_byte(model, tokenizer, [text]) != bits_per_byte(model, tokenizer, [text], context=63)

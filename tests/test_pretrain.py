@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -23,15 +22,7 @@ from nbhelpers.pretrain import FusedCrossEntropy, learning_rate_factor, windows
 PROJECT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def alone():
-    """Precision is one a process in Accelerate, and one thread is enough for matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 # --- the fused loss ---
@@ -195,26 +186,10 @@ def test_held_out_texts_are_two_hundred_cleaned_ones_evenly_spaced():
     assert texts[-1] == pretrain.clean_text(everything[199 * 125])
 
 
-CORPUS = [
-    f"Review {i}: the {adjective} film had a {noun} that I {verb}, and caf\u00e9 scenes \U0001f3ac too."
-    for i, (adjective, noun, verb) in enumerate(
-        (a, n, v)
-        for a in ("good", "bad", "slow", "funny", "dull")
-        for n in ("plot", "cast", "score", "scene")
-        for v in ("liked", "hated", "forgot")
-    )
-]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return pretrain.train_tokenizer(CORPUS, 320, tmp_path_factory.mktemp("tokenizer"))
-
-
-def test_the_tokenizer_is_lossless_on_any_text_and_has_separate_special_tokens(tokenizer):
+def test_the_tokenizer_is_lossless_on_any_text_and_has_separate_special_tokens(tokenizer, corpus):
     assert len(tokenizer) == 320
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
-    for text in [CORPUS[0], "\u4f60\u597d\tnever  seen\n\U0001f600 <|pad|>", " leading", "don 't , stop ."]:
+    for text in [corpus[0], "\u4f60\u597d\tnever  seen\n\U0001f600 <|pad|>", " leading", "don 't , stop ."]:
         ids = tokenizer(text, split_special_tokens=True)["input_ids"]
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
         assert not {0, 1} & set(ids)
@@ -244,12 +219,12 @@ def arguments(folder, tokens: int = 640, **changes) -> argparse.Namespace:
 
 
 @pytest.fixture
-def small(few_labelled, monkeypatch, tmp_path):
+def small(few_labelled, monkeypatch, tmp_path, corpus):
     """Windows of 32 tokens, a corpus of a few of them, float32, and a measure that costs nothing."""
     monkeypatch.setattr(pretrain, "CONTEXT", 32)
     monkeypatch.setattr(pretrain, "mixed_precision", lambda: "no")
     monkeypatch.setattr(pretrain, "bits_per_byte", lambda *_: 1.0)
-    (tmp_path / "corpus.txt").write_text("\n".join(CORPUS[:8]), encoding="utf-8")
+    (tmp_path / "corpus.txt").write_text("\n".join(corpus[:8]), encoding="utf-8")
     return tmp_path
 
 
@@ -286,7 +261,7 @@ def test_an_interrupted_run_goes_on_to_the_weights_of_an_unbroken_one(small, mon
     assert facts["recipe"]["optimizer"] == optimizer
 
 
-def test_training_learns_keeps_the_plateau_and_exports_half_precision(small):
+def test_training_learns_keeps_the_plateau_and_exports_half_precision(small, corpus):
     args = arguments(small / "run", tokens=64 * 40)
     pretrain.pretrain(args)
     state = json.loads((args.work / "plateau" / "state.json").read_text())
@@ -294,9 +269,9 @@ def test_training_learns_keeps_the_plateau_and_exports_half_precision(small):
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     model = AutoModelForCausalLM.from_pretrained(args.out)
     assert model.dtype == torch.float16
-    trained = bits_per_byte(model.float().eval(), tokenizer, CORPUS[:8])
+    trained = bits_per_byte(model.float().eval(), tokenizer, corpus[:8])
     torch.manual_seed(0)
-    random = bits_per_byte(GPT2LMHeadModel(model.config).float().eval(), tokenizer, CORPUS[:8])
+    random = bits_per_byte(GPT2LMHeadModel(model.config).float().eval(), tokenizer, corpus[:8])
     # Forty steps on eight sentences of one pattern: far below random weights, which know nothing.
     assert trained < 0.6 * random
     assert not list(args.work.glob("*.partial"))
