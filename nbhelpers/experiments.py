@@ -16,6 +16,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
+from nbhelpers import processes
 from nbhelpers.data import IMDbDataset, load_reviews, pad
 from nbhelpers.evaluation import evaluate_accuracy, predict_logits
 from nbhelpers.masks import FlaggedSets
@@ -76,6 +77,12 @@ def validator(run: Run):
     return lambda model: evaluate_accuracy(model, dataset(run, "validation"), run.profile.eval_batch_size)
 
 
+def on_device(run: Run, name: str) -> torch.nn.Module:
+    """A model of this run on the device that computes; a sparse one stays on the CPU, for which its kernels are."""
+    sparse = run.artifact(name)["kind"] == "sparse"
+    return run.load_model(name) if sparse else run.load_model(name).to(processes.device())
+
+
 def write_history(folder: Path, history: list[dict]) -> None:
     (folder / "history.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
 
@@ -119,7 +126,7 @@ def finetune_model(run: Run) -> pd.DataFrame:
     save_pretrained_model(run)
 
     def build(folder):
-        model = run.load_model("pretrained")
+        model = on_device(run, "pretrained")
         observed = {"mean_abs_gradient": GradientMagnitude(model), "first_order_movement": FirstOrderMovement(model)}
         flagged = FlaggedSets(observed["mean_abs_gradient"], run.profile.main_sparsity)
         history = train(
@@ -264,7 +271,9 @@ def open_test(run: Run, names: list[str], again: str = "") -> dict:
         )
     models += added
     studies[key]["reasons"] += [again] if again else []
-    write_text(run.artifacts / "test_part.json", json.dumps(studies, indent=1) + "\n")
+    if processes.is_main():
+        write_text(run.artifacts / "test_part.json", json.dumps(studies, indent=1) + "\n")
+    processes.wait()
     return test_record(run)
 
 
@@ -283,7 +292,7 @@ def split_logits(run: Run, name: str, split: str) -> np.ndarray:
         if name == "tfidf":
             logits = fitted_tfidf(run).predict_log_proba(reviews_of(run.profile, run.seed)[split]["text"][:])
         else:
-            logits = predict_logits(run.load_model(name), dataset(run, split).input_ids, run.profile.eval_batch_size)
+            logits = predict_logits(on_device(run, name), dataset(run, split).input_ids, run.profile.eval_batch_size)
         save_tensors(folder, {"logits": torch.from_numpy(logits)})
 
     artefact = f"logits_{name}_{split}"

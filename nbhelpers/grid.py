@@ -27,10 +27,12 @@ import pandas as pd
 import torch
 import transformers
 
+from nbhelpers import processes
 from nbhelpers.comparison import LINES, open_test_part, recovered_names
 from nbhelpers.data import DataError
-from nbhelpers.experiments import distil_all, finetune_model, reviews_of, runs_of, train_logits
+from nbhelpers.experiments import distil_all, finetune_model, reviews_of, runs_of, student_variants, train_logits
 from nbhelpers.models import ModelError, check_model
+from nbhelpers.processes import ProcessError
 from nbhelpers.profiles import ProfileError, get_profile, overrides_of
 from nbhelpers.pruning import (
     PRUNERS,
@@ -44,6 +46,7 @@ from nbhelpers.pruning import (
     recover_otherwise,
     recoveries,
     score_weights,
+    scores_of,
     structured_sparsities,
     train_control,
 )
@@ -99,6 +102,41 @@ def judge_dense_cell(one: Run) -> None:
     """The answers of a seed's dense model and its control on the test reviews."""
     for name in LINES:
         answers_right(one, name, "test")
+
+
+def finetune_all(run: Run) -> pd.DataFrame:
+    """The fine-tuning of all seeds: their learning curves."""
+    return pd.concat([finetune_model(one).assign(seed=one.seed) for one in runs_of(run)]).drop(columns="losses")
+
+
+def score_all(run: Run) -> pd.DataFrame:
+    """The scores of all seeds: a row a score and seed, its least and largest value."""
+    for one in runs_of(run):
+        score_cell(one)
+    found = [(one.seed, name, scores_of(one, name).values()) for one in runs_of(run) for name in SCORES]
+    rows = [(seed, name, min(map(torch.min, s)).item(), max(map(torch.max, s)).item()) for seed, name, s in found]
+    return pd.DataFrame(rows, columns=["seed", "score", "lowest", "highest"])
+
+
+def evaluate_all(run: Run) -> pd.DataFrame:
+    """The answers on the test reviews of all recovered models, the dense ones and the students: a row a model."""
+    open_test_part(run)
+    rows = []
+    for one in runs_of(run):
+        students = [f"student_{variant}_{layers}" for variant, layers in student_variants(run.profile)]
+        for name in [*LINES, *recovered_names(run).values(), *(students if one == run else [])]:
+            right = answers_right(one, name, "test")
+            rows.append({"seed": one.seed, "model": name, "accuracy": right.mean(), "reviews": len(right)})
+    return pd.DataFrame(rows)
+
+
+STAGES = {
+    "finetune": finetune_all,
+    "score": score_all,
+    "recover": recover_all,
+    "distill": distil_all,
+    "evaluate": evaluate_all,
+}
 
 
 def phases(run: Run, notebooks: Collection[str] = tuple(NOTEBOOK.values())) -> list[dict[str, Callable[[], object]]]:
@@ -233,21 +271,23 @@ def open_checked(options: argparse.Namespace) -> Run:
 
 
 def main_of_training() -> None:
-    """``python -m nbhelpers.training finetune|recover|distill``: one stage, also on many processes or machines."""
+    """``python -m nbhelpers.training STAGE``: one of ``STAGES``, also on many processes or machines."""
     parser = argparse.ArgumentParser(prog="python -m nbhelpers.training", description="One stage, without a notebook.")
-    parser.add_argument("stage", choices=["finetune", "recover", "distill"])
+    parser.add_argument("stage", choices=list(STAGES))
     add_run(parser)
     options = parser.parse_args()
     try:
+        main = processes.is_main()
+        if not (main and sys.stderr.isatty()):
+            keep_quiet()
         run = open_checked(options)
-        run.describe()
-        if options.stage == "finetune":
-            print(pd.concat([finetune_model(one).assign(seed=one.seed) for one in runs_of(run)]).to_string(index=False))
-        elif options.stage == "recover":
-            recover_all(run)
-        else:
-            distil_all(run)
-    except (ProfileError, DataError, ModelError, WorkspaceError) as error:
+        if main:
+            run.describe()
+            print(f"processes: {processes.count()}", flush=True)
+        table = STAGES[options.stage](run)
+        if main:
+            print(table.round(4).to_string(index=False))
+    except (ProfileError, DataError, ModelError, WorkspaceError, ProcessError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from nbhelpers import processes
 from nbhelpers.data import evaluation_batches
 from nbhelpers.profiles import Profile
 from nbhelpers.workspace import sha256
@@ -248,18 +249,17 @@ def predict_logits(model: nn.Module, rows: list[list[int]], batch_size: int = 32
     """Logits [n, classes] of token id lists, float32, in the order given.
 
     Computed from short to long, so that hardly any padding is; no mask is passed, since padding stands on the right
-    and attention looks to the left.
+    and attention looks to the left. Of several processes each computes its share of the batches, and all get all.
     """
+    if not rows:
+        raise ValueError("there are no reviews to predict")
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     model.eval()
-    logits = None
-    for indices, ids in evaluation_batches(rows, batch_size, model.config.pad_token_id):
-        out = model(input_ids=ids.to(device)).logits.float().cpu().numpy()
-        if logits is None:
-            logits = np.empty((len(rows), out.shape[1]), dtype=np.float32)
-        logits[indices] = out
-    if logits is None:
-        raise ValueError("there are no reviews to predict")
+    logits = torch.zeros(len(rows), model.config.num_labels)
+    for number, (indices, ids) in enumerate(evaluation_batches(rows, batch_size, model.config.pad_token_id)):
+        if number % processes.count() == processes.index():
+            logits[indices] = model(input_ids=ids.to(device)).logits.float().cpu()
+    logits = processes.total(logits).numpy()
     if not np.isfinite(logits).all():
         raise FloatingPointError("the model's logits are not finite")
     return logits

@@ -43,6 +43,7 @@ class Profile:
     dropout: float = 0.1
     prefix_share: float = 0.5  # of the loss, what every token on the way counts; the rest is the last token's
     precision: str = "auto"  # auto, no or bf16
+    accumulation: int = 1  # parts in which each batch is computed: less memory, the same gradient
 
     # pruning and recovery
     sparsities: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95)
@@ -88,6 +89,7 @@ class Profile:
 
 COUNTS = ("max_tokens", "batch_size", "eval_batch_size", "epochs", "recovery_steps", "distill_epochs")
 COUNTS += (
+    "accumulation",
     "distill_batch_size",
     "scan_steps",
     "latency_repeats",

@@ -19,6 +19,7 @@ from nbhelpers.experiments import (
     dataset,
     load_statistics,
     model_name,
+    on_device,
     pick,
     reviews_fingerprint,
     runs_of,
@@ -61,7 +62,7 @@ def calibrate_model(run: Run) -> None:
 
     def build(folder):
         rows = calibration_rows(run, run.profile.calibration_reviews)
-        save_statistics(folder, calibrate(run.load_model("fine_tuned"), *rows))
+        save_statistics(folder, calibrate(on_device(run, "fine_tuned"), *rows))
 
     run.cached("calibration", pick(run.profile, "calibration_reviews"), build, ("fine_tuned",), made_by="02")
 
@@ -111,7 +112,7 @@ def scores_of(run: Run, name: str) -> dict[str, torch.Tensor]:
 
 def prune_model(run: Run, masks_: dict[str, torch.Tensor]) -> torch.nn.Module:
     """The fine-tuned model with the masks applied."""
-    return masks.apply_masks(run.load_model("fine_tuned"), masks_)
+    return masks.apply_masks(on_device(run, "fine_tuned"), masks_)
 
 
 def pruned_sparsities(profile: Profile) -> tuple[float, ...]:
@@ -124,9 +125,9 @@ def sparsegpt_models(run: Run):
     """Yield the fine-tuned model pruned by SparseGPT, each matrix by itself, at all ``pruned_sparsities``."""
     rows = calibration_rows(run, SPARSEGPT_REVIEWS)
     with torch.enable_grad():
-        hessians = calibrate(run.load_model("fine_tuned"), *rows, hessians=True)["hessian"]
+        hessians = calibrate(on_device(run, "fine_tuned"), *rows, hessians=True)["hessian"]
     for sparsity in pruned_sparsities(run.profile):
-        model = run.load_model("fine_tuned")
+        model = on_device(run, "fine_tuned")
         for name, weight in prunable_weights(model).items():
             turned = stored_in_out(model, name)  # it takes [out, in]
             pruned = criteria.sparsegpt(weight.t() if turned else weight, hessians[name], sparsity)
@@ -193,7 +194,7 @@ def save_trained(model, history: list[dict], folder: Path) -> None:
 
 def recover_in_place(run: Run, what: str, sparsity: float, rate: float, chosen: dict | None) -> tuple:
     """The fine-tuned model pruned with some masks and trained on, or without any; and its history."""
-    model = run.load_model("fine_tuned")
+    model = on_device(run, "fine_tuned")
     keeper = masks.MaskKeeper(model, chosen) if chosen is not None else None
     title = f"recovering {what} at {sparsity:.0%}" if keeper else "dense control"
     history = train_on(run, model, f"{title}, learning rate {rate:g}", rate, keeper)
@@ -288,7 +289,7 @@ def recover_otherwise(run: Run, way: str, criterion: str, sparsity: float) -> st
     score = scores_of(run, criterion)
 
     def build(folder):
-        model, what = run.load_model("fine_tuned"), f"recovering {criterion} at {sparsity:.0%}, {way}"
+        model, what = on_device(run, "fine_tuned"), f"recovering {criterion} at {sparsity:.0%}, {way}"
         if way == "taught":
             keeper = masks.MaskKeeper(model, masks.select(score, sparsity))
             history = train_on(run, model, what, rate, keeper, *teacher_data_and_loss(run, 0.5, 2.0))

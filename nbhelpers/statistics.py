@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from nbhelpers import processes
 from nbhelpers.models import prunable_weights, stored_in_out
 
 Tensors = dict[str, torch.Tensor]
@@ -53,7 +54,8 @@ def calibrate(model: nn.Module, reviews: list[list[int]], labels: list[int], hes
     One review at a time, so that gradients are those of single reviews. "calibration_gradient": mean |dL/dw|;
     "squared_gradient": mean (dL/dw)^2, the diagonal of the empirical Fisher information; "input_norm": the L2 norm over
     all tokens of each feature that enters, [in, 1] for a weight [in, out] and [1, in] for [out, in]; with ``hessians``,
-    "hessian" [in, in]: X^T X of what enters. Raises ``ValueError`` without reviews.
+    "hessian" [in, in]: X^T X of what enters. Of several processes each takes its share of the reviews, and all get the
+    statistics of all reviews. Raises ``ValueError`` without reviews.
     """
     if not reviews:
         raise ValueError("there are no reviews to calibrate with")
@@ -62,22 +64,26 @@ def calibrate(model: nn.Module, reviews: list[list[int]], labels: list[int], hes
         key: {n: torch.zeros_like(w) for n, w in weights.items()}
         for key in ("calibration_gradient", "squared_gradient")
     }
-    squares, products = {}, {}
+    features = {name: weight.shape[0 if stored_in_out(model, name) else 1] for name, weight in weights.items()}
+    device = next(model.parameters()).device
+    squares = {name: torch.zeros(size, device=device) for name, size in features.items()}
+    products = {name: torch.zeros(size, size, device=device) for name, size in features.items() if hessians}
 
     def watch(name):
         def before(module, inputs):
             x = inputs[0].detach().flatten(0, -2).float()
-            squares[name] = squares.get(name, 0) + x.square().sum(0)
+            squares[name] += x.square().sum(0)
             if hessians:
-                products[name] = products.get(name, 0) + x.t() @ x
+                products[name] += x.t() @ x
 
         return before
 
     hooks = [model.get_submodule(n.removesuffix(".weight")).register_forward_pre_hook(watch(n)) for n in weights]
-    was_training, device = model.training, next(model.parameters()).device
+    was_training = model.training
     try:
         model.eval()
-        for ids, label in zip(reviews, labels, strict=True):
+        mine = slice(processes.index(), None, processes.count())
+        for ids, label in zip(reviews[mine], labels[mine], strict=True):
             model.zero_grad()
             logits = model(input_ids=torch.tensor([ids], device=device)).logits
             nn.functional.cross_entropy(logits, torch.tensor([label], device=device)).backward()
@@ -89,7 +95,9 @@ def calibrate(model: nn.Module, reviews: list[list[int]], labels: list[int], hes
             hook.remove()
         model.zero_grad()
         model.train(was_training)
-    for name, total in squares.items():
-        outputs = 1 if stored_in_out(model, name) else 0
-        found.setdefault("input_norm", {})[name] = total.sqrt().unsqueeze(outputs)
+    for tensors in (*found.values(), squares, products):
+        for tensor in tensors.values():
+            processes.total(tensor)
+    norms = {name: total.sqrt().unsqueeze(1 if stored_in_out(model, name) else 0) for name, total in squares.items()}
+    found["input_norm"] = norms
     return found | ({"hessian": products} if hessians else {})

@@ -2,9 +2,12 @@
 
 Heavy stages also run without a notebook and leave the artefacts that the notebooks then find:
 
-    python -m nbhelpers.training finetune|recover|distill --profile quick --seed 0
+    python -m nbhelpers.training finetune|score|recover|distill|evaluate --profile quick --seed 0
+
+Several processes share each batch where torchrun or ``accelerate launch`` starts them (``processes``).
 """
 
+import contextlib
 import copy
 import functools
 import math
@@ -16,9 +19,11 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel
 
+from nbhelpers import processes
 from nbhelpers.data import IMDbDataset, make_loader
 from nbhelpers.models import BLOCK_WEIGHT, blocks
 from nbhelpers.profiles import Profile
@@ -39,11 +44,13 @@ class Recipe:
     max_grad_norm: float = 1.0
     precision: str = "auto"
     prefix_share: float = 0.0
+    accumulation: int = 1
 
 
 def recipe_for(profile: Profile, purpose: str) -> Recipe:
     """The recipe of a profile's ``"finetune"``, ``"recover"`` (with the first of its rates) or ``"distill"``."""
-    shared = {name: getattr(profile, name) for name in ("weight_decay", "warmup_share", "max_grad_norm", "precision")}
+    names = ("weight_decay", "warmup_share", "max_grad_norm", "precision", "accumulation")
+    shared = {name: getattr(profile, name) for name in names}
     labels = {"prefix_share": profile.prefix_share, **shared}
     if purpose == "finetune":
         return Recipe(
@@ -107,7 +114,7 @@ def warmup_and_decay(steps: int, warmup_share: float) -> Callable[[int], float]:
 
 def make_accelerator(wish: str) -> Accelerator:
     """An accelerator of the wished precision, also where an earlier one of this process had another."""
-    precision = mixed_precision(wish)
+    precision = processes.agree(mixed_precision(wish))
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision=precision)
@@ -123,7 +130,7 @@ def classification_loss(model: nn.Module, batch: dict, prefix_share: float = 0.0
     last = nn.functional.cross_entropy(output.logits, batch["labels"])
     if not prefix_share:
         return last
-    # In a process group the model is wrapped; the head inside is the same.
+    # Among several processes the model is wrapped; the head inside is the same.
     logits = getattr(model, "module", model).score(output.hidden_states[-1]).float()
     reviews, length = batch["input_ids"].shape
     losses = nn.functional.cross_entropy(
@@ -133,6 +140,39 @@ def classification_loss(model: nn.Module, batch: dict, prefix_share: float = 0.0
     gain = read * (read <= 1)
     on_the_way = ((losses * gain).sum(1) / gain.sum(1)).mean()
     return (1 - prefix_share) * last + prefix_share * on_the_way
+
+
+def part_of(batch: dict, part: int, parts: int) -> tuple[dict, float]:
+    """Every ``parts``-th review of a batch, from the number ``part`` on, and their share of the batch.
+
+    Where fewer reviews than parts are left, a part without any gets the first review with the share 0.
+    """
+    reviews = len(batch["labels"])
+    rows = slice(part, None, parts) if part < reviews else slice(1)
+    mine = {key: value[rows] for key, value in batch.items()}
+    mine["input_ids"] = mine["input_ids"][:, : mine["lengths"].max()]
+    return mine, len(mine["labels"]) / reviews if part < reviews else 0.0
+
+
+def backward_in_parts(model, batch: dict, loss_function: Callable, accelerator: Accelerator, accumulation: int):
+    """Add the gradient of the mean loss of a batch to the parameters, whoever computes which part of it.
+
+    Each process takes every n-th review, ``accumulation`` parts of them one after the other. Parts weigh by their
+    reviews, so that the sum is the gradient of the whole batch, whatever the number of processes and parts. Returns
+    this process's share of the loss, a scalar.
+    """
+    mine, parts = torch.zeros((), device=accelerator.device), accelerator.num_processes * accumulation
+    for i in range(accumulation):
+        part, share = part_of(batch, i * accelerator.num_processes + accelerator.process_index, parts)
+        # Gradients travel between processes once a batch, with the last part.
+        last = i == accumulation - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            with accelerator.autocast():
+                loss = loss_function(model, send_to_device(part, accelerator.device)) * share
+            # Between processes gradients are averaged; a sum is what is wanted.
+            accelerator.backward(loss * accelerator.num_processes)
+        mine += loss.detach()
+    return mine
 
 
 def train(
@@ -147,20 +187,23 @@ def train(
     validate: Callable[[nn.Module], float] | None = None,
     description: str = "training",
 ) -> list[dict]:
-    """Train a model in place and leave the weights of its best validation in it.
+    """Train a model in place, on ``processes.device()``, and leave the weights of its best validation in it.
 
-    loss_function(model, batch) -> scalar, ``classification_loss`` if none is given; observers see the model after each
-    backward pass, before clipping; mask_keeper keeps pruned weights at zero; validate(model) -> accuracy, asked at the
-    end of each epoch. Returns one dict an epoch: epoch, steps, loss (mean), losses (each step's), accuracy, seconds.
-    Raises ``FloatingPointError`` when the loss is not finite.
+    loss_function(model, batch) -> mean over the batch's reviews, ``classification_loss`` if none is given; observers
+    see the model after each backward pass, before clipping, with the gradient of the whole batch; mask_keeper keeps
+    pruned weights at zero; validate(model) -> accuracy, asked at the end of each epoch. Returns one dict an epoch:
+    epoch, steps, loss (mean), losses (each step's), accuracy, seconds. Raises ``FloatingPointError`` when the loss is
+    not finite. Of several processes each computes its share of every batch; dropout aside, they train as one would.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + processes.index())
     loss_function = loss_function or functools.partial(classification_loss, prefix_share=recipe.prefix_share)
     # Reviews are padded on the right and attention is causal: no real token sees padding, so no mask is passed.
     loader = make_loader(data, recipe.batch_size, model.config.pad_token_id, seed)
     sampler, accelerator = loader.batch_sampler, make_accelerator(recipe.precision)
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, 0.98))
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    on_gpu = accelerator.device.type == "cuda"
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, 0.98), fused=on_gpu)
+    bare = model.to(accelerator.device)
+    model, optimizer = accelerator.prepare(bare, optimizer)
     per_epoch = len(loader)
     steps = recipe.steps or recipe.epochs * per_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_decay(steps, recipe.warmup_share))
@@ -172,11 +215,9 @@ def train(
             model.train()
             losses, started = [], time.time()
             for batch in loader:
-                with accelerator.autocast():
-                    loss = loss_function(model, batch)
+                loss = backward_in_parts(model, batch, loss_function, accelerator, recipe.accumulation)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}: lower the learning rate")
-                accelerator.backward(loss)
                 for observer in observers:
                     observer.after_backward()
                 if mask_keeper:
@@ -187,20 +228,20 @@ def train(
                 optimizer.zero_grad()
                 if mask_keeper:
                     mask_keeper.apply()
-                losses.append(loss.detach())
+                losses.append(loss)
                 step += 1
                 bar.update()
                 if step == steps:
                     break
-            losses = torch.stack(losses).tolist()
+            losses = processes.total(torch.stack(losses)).tolist()
             entry = {"epoch": epoch + 1, "steps": step, "loss": sum(losses) / len(losses), "losses": losses}
             if validate:
-                entry["accuracy"] = validate(model.eval())
+                entry["accuracy"] = validate(bare.eval())
                 if best is None or entry["accuracy"] > best[0]:
-                    best = entry["accuracy"], copy.deepcopy(model.state_dict())
+                    best = entry["accuracy"], copy.deepcopy(bare.state_dict())
             history.append(entry | {"seconds": time.time() - started})
     if best:
-        model.load_state_dict(best[1])
+        bare.load_state_dict(best[1])
     # Without this the model would keep Accelerate's autocast around its forward pass.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
     return history

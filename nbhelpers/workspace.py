@@ -20,6 +20,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from nbhelpers import processes
 from nbhelpers.profiles import Profile
 
 # Which function gives the model in an artefact of each kind back. Names, so that nothing below is imported here.
@@ -42,7 +44,7 @@ LOADERS = {
 
 
 # The code that artefacts come out of: when it changes, they are built anew.
-COMPUTING = ("data", "models", "training", "statistics", "criteria", "masks")
+COMPUTING = ("data", "models", "training", "processes", "statistics", "criteria", "masks")
 BUILT_HERE: set[Path] = set()
 TENSORS = "tensors.safetensors"  # the file of an artefact's tensors that are not a model's weights
 
@@ -174,8 +176,9 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def progress(total: int, description: str) -> tqdm:
-    """A progress bar with time left; silent in a batch run, whose log would keep every frame of it."""
-    return tqdm(total=total, desc=description, leave=False, mininterval=0.5, disable="NBHELPERS_BATCH" in os.environ)
+    """A progress bar with time left, of the main process; silent in a batch run, whose log would keep each frame."""
+    silent = "NBHELPERS_BATCH" in os.environ or not processes.is_main()
+    return tqdm(total=total, desc=description, leave=False, mininterval=0.5, disable=silent)
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,7 @@ class Run:
 
         settings: what the artefact depends on; inputs: names of artefacts it is made from; kind: "dense" or "sparse"
         for a model, "data" for anything else; made_by: the notebook that makes it, named when it is missed elsewhere.
+        Several processes build it together; what the main one has written stays.
         """
         folder = self.artifacts / name
         made_from = {i: self.artifact(i)["fingerprint"] for i in inputs}
@@ -220,9 +224,14 @@ class Run:
         key = fingerprint({"settings": settings, "inputs": made_from, "code": code})
         # Forced, each process builds an artefact anew once.
         forced = bool(os.environ.get("NBHELPERS_FORCE")) and folder not in BUILT_HERE
-        if not forced and self.read_artifact(name).get("key") == key:
+        if processes.agree(not forced and self.read_artifact(name).get("key") == key):
             return folder
         started = time.time()
+        if not processes.is_main():
+            with tempfile.TemporaryDirectory() as unused:
+                build(Path(unused))
+            processes.wait()
+            return folder
         with replace_folder(folder) as partial:
             build(partial)
             files = {p.relative_to(partial).as_posix(): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
@@ -243,6 +252,7 @@ class Run:
             }
             write_text(partial / "artifact.json", json.dumps(record, indent=2, default=list) + "\n")
         BUILT_HERE.add(folder)
+        processes.wait()
         return folder
 
     def read_artifact(self, name: str) -> dict:

@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 # Before anything imports transformers, datasets or matplotlib.
@@ -19,6 +22,8 @@ import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+
+PROJECT = Path(__file__).parent.parent
 
 # One: beside other work on the machine, a second thread mostly waits for the first and spins.
 torch.set_num_threads(1)
@@ -40,6 +45,27 @@ def fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(threads)
+
+
+def in_two_processes(command, **environment):
+    """What a Python command printed that two processes ran together; fails where they did."""
+    # Not forked: a process that has used its threads cannot be forked safely.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)} | environment
+    done = subprocess.run([*launcher, *command], env=variables, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def toy_model():
+    """A GPT-2 classifier of some thousand random weights, without dropout."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 20, "initializer_range": 0.1}
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2ForSequenceClassification(GPT2Config(**sizes, **rates, pad_token_id=0, use_cache=False)).eval()
 
 
 @pytest.fixture

@@ -2,15 +2,12 @@
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import in_two_processes
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -18,9 +15,6 @@ from nbhelpers import models, pretrain
 from nbhelpers.data import read_movie_reviews
 from nbhelpers.forgetting import bits_per_byte
 from nbhelpers.pretrain import FusedCrossEntropy, learning_rate_factor, windows
-
-PROJECT = Path(__file__).parent.parent
-
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -330,14 +324,8 @@ def test_two_processes_share_the_batches_and_reach_the_weights_of_one(small):
     pretrain.pretrain(alone)
     (small / "process.py").write_text(PROCESS, encoding="utf-8")
     values = json.dumps(vars(shared), default=str)
-    # Not forked: a process that has used its threads cannot be forked safely.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
-    done = subprocess.run(
-        [*command, str(small / "process.py"), values], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 process(es)" in done.stdout
+    printed = in_two_processes([str(small / "process.py"), values], ACCELERATE_USE_CPU="1")
+    assert "2 process(es)" in printed
     weights = [load_file(args.work / "latest" / "model.safetensors") for args in (alone, shared)]
     start = GPT2LMHeadModel(AutoModelForCausalLM.from_pretrained(alone.out).config).state_dict()
     for name, value in weights[0].items():
