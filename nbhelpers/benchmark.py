@@ -11,7 +11,6 @@ ONNX Runtime takes part in ``models`` where it is installed (pip install onnxrun
 import argparse
 import copy
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 from scipy.sparse import csr_array
 from torch import nn
 from torch.nn.utils import prune
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
+from nbhelpers.criteria import merge_scores
 from nbhelpers.masks import apply_masks, select
-from nbhelpers.measurement import by_model, compare_speed
+from nbhelpers.measurement import PeakMemory, by_model, compare_speed, own_memory
 from nbhelpers.models import prunable_weights
 from nbhelpers.sparse import convert_gpt2_to_sparse, kernels
 from nbhelpers.sparse.layers import random_matrix, to_weight
@@ -210,24 +209,11 @@ def compare_models(shape: str, sparsity: float, reviews: int, length: int, repea
 
 def with_peak_memory(function: Callable[[], object]) -> tuple[float, float, object]:
     """Seconds of a call, the bytes by which the process's resident memory rose at most meanwhile, and its result."""
-    process, stop = psutil.Process(), threading.Event()
-    before = peak = process.memory_info().rss
-
-    def watch():
-        nonlocal peak
-        while not stop.wait(0.002):
-            peak = max(peak, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started = time.perf_counter()
-    try:
+    with PeakMemory(own_memory, 0.002) as memory:
+        started = time.perf_counter()
         result = function()
-    finally:
         seconds = time.perf_counter() - started
-        stop.set()
-        watcher.join()
-    return seconds, max(peak, process.memory_info().rss) - before, result
+    return seconds, memory.peak - memory.before, result
 
 
 def select_by_magnitude(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor]:
@@ -243,21 +229,30 @@ def select_by_torch(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor
     return {name: module.weight_mask for name, module in modules.items()}
 
 
+def select_by_merge(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor]:
+    """The masks of the merge of three criteria: |w| and two that are random numbers."""
+    weights = prunable_weights(model)
+    scores = {i: {name: torch.rand(weight.shape) for name, weight in weights.items()} for i in range(2)}
+    scores["magnitude"] = {name: weight.detach().abs() for name, weight in weights.items()}
+    return select(merge_scores(scores), sparsity)
+
+
 def compare_selection(shape: str, sparsity: float, repeats: int) -> pd.DataFrame:
     """Our selection and PyTorch's in turns on one random model: seconds, extra bytes, ratio, and how many weights go.
 
-    Each starts from a model of its own, so that what PyTorch keeps beside the weights counts as its extra memory.
+    "merge" is our selection by three criteria, whose scores (4 bytes a weight each) count as extra memory. Each starts
+    from a model of its own, so that what PyTorch keeps beside the weights counts as its extra memory.
     """
     model, rows = random_gpt2(shape, 0.0), []
     total = sum(weight.numel() for weight in prunable_weights(model).values())
     for _ in range(repeats):
-        for engine, function in (("ours", select_by_magnitude), ("torch", select_by_torch)):
+        for engine, function in (("ours", select_by_magnitude), ("torch", select_by_torch), ("merge", select_by_merge)):
             fresh = copy.deepcopy(model)
             seconds, extra, masks = with_peak_memory(partial(function, fresh, sparsity))
             dropped = total - sum(int(mask.sum()) for mask in masks.values())
             rows.append({"engine": engine, "seconds": seconds, "extra_bytes": extra, "dropped": dropped})
             del fresh, masks
-    table = pd.DataFrame(rows).groupby("engine").median().reset_index()
+    table = pd.DataFrame(rows).groupby("engine", sort=False).median().reset_index()
     return table.assign(shape=shape, weights=total, times_ours=table["seconds"] / table["seconds"].iloc[0])
 
 

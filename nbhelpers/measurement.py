@@ -7,6 +7,7 @@ ratios are taken round by round. A row gives the median and the quartiles.
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -110,6 +112,46 @@ def peak_memory(function: Callable[[], object]) -> int:
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return int(max(np.cumsum(changes), default=0))
+
+
+def own_memory() -> int:
+    """Bytes of this process that are in memory."""
+    return psutil.Process().memory_info().rss
+
+
+def memory_of_children() -> int:
+    """Bytes in memory of the processes that this one has started, and of theirs."""
+    total = 0
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # one that has ended meanwhile has none
+            total += child.memory_info().rss
+    return total
+
+
+class PeakMemory:
+    """Watches, while its block runs, how much memory processes take: ``before`` it and at most (``peak``), bytes.
+
+    measure: ``own_memory`` or ``memory_of_children``, asked every ``interval`` seconds. Unlike ``peak_memory`` it sees
+    all that lies in memory, libraries included, as the machine does, and it misses what is shorter than the interval.
+    """
+
+    def __init__(self, measure: Callable[[], int], interval: float):
+        self.measure, self.interval, self.ended = measure, interval, threading.Event()
+
+    def watch(self) -> None:
+        while not self.ended.wait(self.interval):
+            self.peak = max(self.peak, self.measure())
+
+    def __enter__(self) -> "PeakMemory":
+        self.before = self.peak = self.measure()
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+        self.watcher.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.ended.set()
+        self.watcher.join()
+        self.peak = max(self.peak, self.measure())
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from nbhelpers import execution, page, stages
+from nbhelpers.measurement import PeakMemory, memory_of_children
 from nbhelpers.profiles import ProfileError, get_profile, overrides_of
 from nbhelpers.stages import NOTEBOOKS, STAGES, Stage
 from nbhelpers.workspace import Run, WorkspaceError, cores, open_run, write_text
@@ -203,7 +204,8 @@ def run_stage(run: Run, stage: Stage, notebooks: Path, known: dict[str, Stage], 
     started = time.time()
     overrides = shlex.join(f"{field}={value}" for field, value in overrides_of(options.set).items())
     parameters = dict(zip(PARAMETERS, (run.profile.name, run.seed, overrides), strict=True))
-    notebook = execution.execute(notebooks / f"{stage.name}.ipynb", parameters, options.force, copy)
+    with PeakMemory(memory_of_children, 0.2) as memory:
+        notebook = execution.execute(notebooks / f"{stage.name}.ipynb", parameters, options.force, copy)
     faults = execution.output_faults(notebook) + stages.broken_promises(run, stage, since=started)
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -213,9 +215,9 @@ def run_stage(run: Run, stage: Stage, notebooks: Path, known: dict[str, Stage], 
     write_text(folder / f"{stage.name}.ipynb", nbformat.writes(notebook))
     write_text(folder / f"{stage.name}.html", page.notebook_html(notebook, stage.name))
     minutes = (time.time() - started) / 60
-    stages.save_record(run, stage, parts, known, minutes)
+    stages.save_record(run, stage, parts, known, minutes, memory.peak)
     execution.clear(copy)
-    return f"{minutes:5.1f} min   {stages.count_written(run, started)}"
+    return f"{minutes:5.1f} min  {memory.peak / 1e9:5.1f} GB   {stages.count_written(run, started)}"
 
 
 # --- the grid ---

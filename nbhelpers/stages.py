@@ -387,8 +387,10 @@ def involved_artifacts(run: Run, stage: Stage) -> dict[str, str]:
     }
 
 
-def save_record(run: Run, stage: Stage, parts: dict[str, str], stages: dict[str, Stage], minutes: float) -> None:
-    """Remember that a stage ended well, with what it was made from."""
+def save_record(
+    run: Run, stage: Stage, parts: dict[str, str], stages: dict[str, Stage], minutes: float, peak_memory: int = 0
+) -> None:
+    """Remember that a stage ended well, with what it was made from and what it took: minutes, and bytes of memory."""
     inputs = {o.number: read_record(run, o.number, stages).get("fingerprint") for o in before(stage, stages)}
     record = {
         "fingerprint": fingerprint([parts, inputs]),
@@ -396,6 +398,7 @@ def save_record(run: Run, stage: Stage, parts: dict[str, str], stages: dict[str,
         "inputs": inputs,
         "artifacts": involved_artifacts(run, stage),
         "minutes": round(minutes, 2),
+        "peak_memory_bytes": peak_memory,
     }
     write_text(record_path(run, stage), json.dumps(record, indent=2) + "\n")
 

