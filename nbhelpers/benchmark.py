@@ -4,12 +4,15 @@
     python -m nbhelpers.benchmark models     whole models of these shapes with random weights
     python -m nbhelpers.benchmark machine    this machine's limits
     python -m nbhelpers.benchmark selection  scores, thresholds and masks of GPT-2's block weights
+    python -m nbhelpers.benchmark training   our training loop and our evaluation against transformers.Trainer's
 
 ONNX Runtime takes part in ``models`` where it is installed (pip install onnxruntime onnx onnxscript).
 """
 
 import argparse
 import copy
+import dataclasses
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,17 +22,28 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from datasets import Dataset
 from scipy.sparse import csr_array
 from torch import nn
 from torch.nn.utils import prune
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from transformers import (
+    DataCollatorWithPadding,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 from nbhelpers.criteria import merge_scores
+from nbhelpers.data import IMDbDataset, load_reviews
 from nbhelpers.masks import apply_masks, select
-from nbhelpers.measurement import PeakMemory, by_model, compare_speed, own_memory
-from nbhelpers.models import prunable_weights
+from nbhelpers.measurement import PeakMemory, by_model, compare_latency, compare_speed, own_memory, speedups
+from nbhelpers.models import load_tokenizer, predict_logits, prunable_weights
+from nbhelpers.profiles import get_profile
 from nbhelpers.sparse import convert_gpt2_to_sparse, kernels
 from nbhelpers.sparse.layers import random_matrix, to_weight
+from nbhelpers.training import Recipe, mixed_precision, train
 
 LAYERS = {  # in, out: the four matrices of a block
     "gpt2": ((768, 2304), (768, 768), (768, 3072), (3072, 768)),
@@ -256,6 +270,78 @@ def compare_selection(shape: str, sparsity: float, repeats: int) -> pd.DataFrame
     return table.assign(shape=shape, weights=total, times_ours=table["seconds"] / table["seconds"].iloc[0])
 
 
+# --- training ---
+
+
+def trainer_for(model: nn.Module, data: IMDbDataset, recipe: Recipe, tokenizer, folder: str, sampling: str) -> Trainer:
+    """``transformers.Trainer`` as one would set it up for a recipe, with its own batches and padding."""
+    rows = [{"input_ids": ids, "labels": int(label)} for ids, label in zip(data.input_ids, data.labels, strict=True)]
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        warmup_steps=round(recipe.warmup_share * recipe.steps),
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        train_sampling_strategy=sampling,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    collate = DataCollatorWithPadding(tokenizer)
+    trainer = Trainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), data_collator=collate)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def compare_training(shape: str, batch_size: int, length: int, steps: int, repeats: int) -> pd.DataFrame:
+    """Seconds of a pass over the same reviews by our loop and by ``transformers.Trainer``, and of their predictions.
+
+    Each trains a fresh copy of one random model with the same batch size, precision, optimizer and number of steps.
+    "trainer" draws batches at random, as it does unless it is told otherwise; "trainer, grouped" by length. Columns:
+    task ("train" or "predict"), name, reviews, tokens (without padding), seconds, seconds_low, seconds_high, speedup,
+    speedup_low, speedup_high (of ours over each Trainer; above 1: ours is faster).
+    """
+    profile = get_profile("thorough", max_tokens=length, train_size=steps * batch_size)
+    tokenizer, model = load_tokenizer(profile), random_gpt2(shape, 0.0)
+    data = IMDbDataset(load_reviews(profile)["train"].select(range(steps * batch_size)), tokenizer, profile)
+    recipe = Recipe(5e-5, batch_size, steps=steps, precision=mixed_precision())
+    rows = [{"input_ids": ids} for ids in data.input_ids]
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def by_trainer(sampling, recipe=recipe):
+            return trainer_for(copy.deepcopy(model), data, recipe, tokenizer, folder, sampling)
+
+        def train_ours():
+            train(copy.deepcopy(model), data, recipe)
+
+        training = {"ours": train_ours}
+        training |= {"trainer": lambda: by_trainer("random").train()}
+        training |= {"trainer, grouped": lambda: by_trainer("group_by_length").train()}
+        # We predict in float32 always, so that answers do not hang on what a machine is fast at.
+        predictor = by_trainer("random", dataclasses.replace(recipe, precision="no"))
+        predicting = {"ours": lambda: predict_logits(model, data.input_ids, batch_size)}
+        predicting |= {"trainer": lambda: predictor.predict(Dataset.from_list(rows))}
+        tables = []
+        for task, functions in (("train", training), ("predict", predicting)):
+            # Timed under inference mode, which training has to leave.
+            timed = {name: torch.inference_mode(False)(function) for name, function in functions.items()}
+            times = compare_latency(timed, repeats, warmup=1).attrs["times"]
+            for name in times:
+                low, median, high = np.percentile(np.array(times[name]) / 1e3, [25, 50, 75])
+                ratio = speedups({"baseline": times[name], "ours": times["ours"]}).iloc[1, 1:]
+                rows_ = {"task": task, "name": name, "reviews": len(data), "tokens": sum(map(len, data.input_ids))}
+                rows_ |= {"seconds": median, "seconds_low": low, "seconds_high": high}
+                tables.append(rows_ | ratio.to_dict())
+    return pd.DataFrame(tables)
+
+
 # --- the command line ---
 
 
@@ -290,18 +376,28 @@ def selection(options) -> Iterator[tuple[str, pd.DataFrame]]:
             yield f"{shape}, {sparsity:.0%} of the block weights", compare_selection(shape, sparsity, options.repeats)
 
 
+def training(options) -> Iterator[tuple[str, pd.DataFrame]]:
+    """A title and a table for each shape."""
+    for shape in options.shapes:
+        table = compare_training(shape, options.batch, options.length, options.steps, options.repeats)
+        title = f"{shape}, {options.steps} steps of {options.batch} reviews of at most {options.length} tokens"
+        yield f"{title}, {mixed_precision()}", table.assign(shape=shape, precision=mixed_precision())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m nbhelpers.benchmark", description=__doc__.split("\n\n")[0])
-    commands = {"layers": layers, "models": models, "machine": machine, "selection": selection}
+    commands = {"layers": layers, "models": models, "machine": machine, "selection": selection, "training": training}
     parser.add_argument("what", choices=list(commands))
     parser.add_argument("--shapes", nargs="+", choices=list(LAYERS), default=list(LAYERS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=None)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="layers: rows of the activations")
-    parser.add_argument("--batch", type=int, default=8, help="models: reviews in a batch")
-    parser.add_argument("--length", type=int, default=256, help="models: tokens of each review")
+    parser.add_argument("--batch", type=int, default=8, help="models, training: reviews in a batch")
+    parser.add_argument("--length", type=int, default=256, help="models: tokens of each review; training: at most")
+    parser.add_argument("--steps", type=int, default=20, help="training: optimizer steps of a pass")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--csv", type=Path, help="also write the table to this file")
     options = parser.parse_args()
+    os.environ["NBHELPERS_BATCH"] = "1"  # no progress bars: drawing them takes time too
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; speedup: against dense, above 1 is faster")
     tables = []
     for title, table in commands[options.what](options):

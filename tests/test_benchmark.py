@@ -1,5 +1,6 @@
 """What the benchmarks compute; never how fast this machine is."""
 
+import copy
 import sys
 import time
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 
 from nbhelpers import benchmark
-from nbhelpers.models import prunable_weights
+from nbhelpers.data import IMDbDataset, load_reviews
+from nbhelpers.models import load_tokenizer, prunable_weights
+from nbhelpers.profiles import get_profile
+from nbhelpers.training import Recipe, train
 
 
 def test_engines_agree_with_each_other():
@@ -90,3 +94,45 @@ def test_peak_memory_of_a_call_is_seen_also_when_it_was_freed_again():
     seconds, extra, size = benchmark.with_peak_memory(spike)
     assert size == 12_500_000 and seconds >= 0.05
     assert 90e6 < extra < 200e6
+
+
+# --- training ---
+
+
+@pytest.fixture
+def tiny_shape(monkeypatch):
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    shape = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 8192, "n_positions": 32}
+    monkeypatch.setitem(benchmark.MODELS, "mini", shape | rates)
+    monkeypatch.setattr(benchmark, "mixed_precision", lambda: "no")
+
+
+def test_a_step_of_our_loop_is_a_step_of_transformers_trainer(tiny_shape, alone, tmp_path):
+    profile = get_profile("smoke", train_size=6, max_tokens=20)
+    tokenizer, model = load_tokenizer(profile), benchmark.random_gpt2("mini", 0.0)
+    data = IMDbDataset(load_reviews(profile)["train"], tokenizer, profile)
+    # One batch of all reviews, so that the order does not matter; Adam's first step does not know its betas.
+    recipe = Recipe(1e-2, len(data), steps=1, warmup_share=0.0, precision="no")
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    train(ours, data, recipe)
+    benchmark.trainer_for(theirs, data, recipe, tokenizer, str(tmp_path), "random").train()
+    for (name, mine), other, start in zip(
+        ours.named_parameters(), theirs.parameters(), model.parameters(), strict=True
+    ):
+        moved = (other.detach() - start.detach()).abs() > 0.009  # where the gradient is more than rounding
+        assert moved.any() or "attn.c_attn.bias" in name, name
+        torch.testing.assert_close(mine.detach()[moved], other.detach()[moved], rtol=0, atol=1e-4)
+
+
+def test_training_and_prediction_are_timed_against_the_trainer(tiny_shape, alone):
+    table = benchmark.compare_training("mini", 2, 20, steps=2, repeats=1)
+    assert table[["task", "name"]].apply(tuple, axis=1).tolist() == [
+        ("train", "ours"),
+        ("train", "trainer"),
+        ("train", "trainer, grouped"),
+        ("predict", "ours"),
+        ("predict", "trainer"),
+    ]
+    assert (table["reviews"] == 4).all() and (table["seconds"] > 0).all()
+    ratio = table["seconds"] / table.groupby("task")["seconds"].transform("first")
+    np.testing.assert_allclose(table["speedup"], ratio, rtol=1e-6)
