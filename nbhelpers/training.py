@@ -192,8 +192,9 @@ def train(
     loss_function(model, batch) -> mean over the batch's reviews, ``classification_loss`` if none is given; observers
     see the model after each backward pass, before clipping, with the gradient of the whole batch; mask_keeper keeps
     pruned weights at zero; validate(model) -> accuracy, asked at the end of each epoch. Returns one dict an epoch:
-    epoch, steps, loss (mean), losses (each step's), accuracy, seconds. Raises ``FloatingPointError`` when the loss is
-    not finite. Of several processes each computes its share of every batch; dropout aside, they train as one would.
+    epoch, steps, loss (mean), losses (each step's), step_seconds (mean), accuracy, seconds (validation included).
+    Raises ``FloatingPointError`` when the loss is not finite. Of several processes each computes its share of every
+    batch; dropout aside, they train as one would.
     """
     torch.manual_seed(seed + processes.index())
     loss_function = loss_function or functools.partial(classification_loss, prefix_share=recipe.prefix_share)
@@ -235,6 +236,7 @@ def train(
                     break
             losses = processes.total(torch.stack(losses)).tolist()
             entry = {"epoch": epoch + 1, "steps": step, "loss": sum(losses) / len(losses), "losses": losses}
+            entry["step_seconds"] = (time.time() - started) / len(losses)
             if validate:
                 entry["accuracy"] = validate(bare.eval())
                 if best is None or entry["accuracy"] > best[0]:
