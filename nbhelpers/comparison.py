@@ -1,9 +1,12 @@
 """Every model side by side on the test reviews, over all seeds, and what that shows: notebook 06."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
+import torch
 
-from nbhelpers import criteria, masks
+from nbhelpers import criteria, masks, processes
 from nbhelpers.evaluation import (
     evaluate_model,
     holm,
@@ -132,6 +135,11 @@ def compare_rivals(run: Run) -> pd.DataFrame:
 # --- what was unlearned ---
 
 
+def prune_at(run: Run, criterion: str, sparsity: float) -> torch.nn.Module:
+    """The fine-tuned model right after pruning by a criterion."""
+    return prune_model(run, masks.select(scores_of(run, criterion), sparsity))
+
+
 def unlearned(run: Run, count: int = 40) -> pd.DataFrame:
     """Bits per byte of each body as a language model, before and after: a row a model, domain and seed.
 
@@ -142,13 +150,13 @@ def unlearned(run: Run, count: int = 40) -> pd.DataFrame:
     texts = {"reviews": reviews[:: max(1, len(reviews) // count)][:count], "other": other_domain_texts(count)}
     rows = []
     for one in runs_of(run):
-        models = {name: one.load_model(name) for name in ("pretrained", *LINES)}
-        for criterion in MAIN:
-            pruned = prune_model(one, masks.select(scores_of(one, criterion), main))
-            recovered = model_name("recovered", criterion, main)
-            models |= {model_name("pruned", criterion, main): pruned, recovered: one.load_model(recovered)}
-        for name, model in models.items():
-            body = as_language_model(model).eval()
+        recovered = [model_name("recovered", criterion, main) for criterion in MAIN]
+        # One model at a time: a dozen of full size would not fit into every memory.
+        models = {name: partial(one.load_model, name) for name in ("pretrained", *LINES)}
+        models |= {model_name("pruned", c, main): partial(prune_at, one, c, main) for c in MAIN}
+        models |= {name: partial(one.load_model, name) for name in recovered}
+        for name, load in models.items():
+            body = as_language_model(load().to(processes.device())).eval()
             for domain, part in texts.items():
                 bits = bits_per_byte(body, tokenizer, part)
                 rows.append({"model": name, "domain": domain, "seed": one.seed, "bits_per_byte": bits})

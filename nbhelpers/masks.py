@@ -17,7 +17,7 @@ except ImportError:
 
 
 from nbhelpers.criteria import CRITERIA, flag_below, merge_scores
-from nbhelpers.models import Structures, prunable_weights
+from nbhelpers.models import Structures, prunable_weights, stored_in_out
 from nbhelpers.statistics import GradientMagnitude
 
 Tensors = dict[str, torch.Tensor]
@@ -114,6 +114,24 @@ def select(scores: Tensors, sparsity: float, scope: str = "global") -> Tensors:
         masks = [select_lowest({name: score}, round(sparsity * score.numel())) for name, score in scores.items()]
         return {name: mask for part in masks for name, mask in part.items()}
     raise ValueError(f"scope is {scope!r}: it takes global or layer")
+
+
+def select_two_of_four(scores: Tensors, model: nn.Module) -> Tensors:
+    """Masks that drop the two lowest scores of every four weights that stand side by side in an output's row.
+
+    The pattern for which GPUs have products of their own (Mishra et al., 2021): sparsity is 50 %, in each matrix
+    alike. Equal scores fall in the order of the weights. Raises ``ValueError`` where inputs are no multiple of four.
+    """
+    masks = {}
+    for name, score in scores.items():
+        rows = score.t() if stored_in_out(model, name) else score  # [out, in]
+        if rows.shape[1] % 4:
+            raise ValueError(f"{name} has {rows.shape[1]} inputs: 2:4 sparsity takes a multiple of 4")
+        fours = rows.reshape(len(rows), -1, 4)
+        places = fours.argsort(dim=-1, stable=True).argsort(dim=-1)
+        kept = (places >= 2).view(rows.shape)
+        masks[name] = (kept.t() if stored_in_out(model, name) else kept).contiguous()
+    return masks
 
 
 def select_structures(scores: Tensors, structures: list[Structures], sparsity: float) -> Tensors:

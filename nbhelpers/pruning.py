@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nbhelpers import criteria, masks
+from nbhelpers import criteria, masks, processes
 from nbhelpers.evaluation import predict_logits, wilson_interval
 from nbhelpers.experiments import (
     TRAIN_FIELDS,
@@ -112,7 +112,7 @@ def scores_of(run: Run, name: str) -> dict[str, torch.Tensor]:
 
 def prune_model(run: Run, masks_: dict[str, torch.Tensor]) -> torch.nn.Module:
     """The fine-tuned model with the masks applied."""
-    return masks.apply_masks(on_device(run, "fine_tuned"), masks_)
+    return masks.apply_masks(run.load_model("fine_tuned"), masks_)
 
 
 def pruned_sparsities(profile: Profile) -> tuple[float, ...]:
@@ -144,7 +144,8 @@ def pruned_logits(run: Run, pruner: str) -> np.ndarray:
             models = sparsegpt_models(run)
         else:
             scores = scores_of(run, pruner)
-            models = (prune_model(run, masks.select(scores, sparsity)) for sparsity in sparsities)
+            pruned = (prune_model(run, masks.select(scores, sparsity)) for sparsity in sparsities)
+            models = (model.to(processes.device()) for model in pruned)
         rows, size = dataset(run, "validation").input_ids, run.profile.eval_batch_size
         save_tensors(folder, {"logits": torch.from_numpy(np.stack([predict_logits(m, rows, size) for m in models]))})
 

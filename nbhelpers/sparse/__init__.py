@@ -11,6 +11,7 @@ from nbhelpers.sparse.gpt2 import (
     convert_gpt2_to_sparse,
 )
 from nbhelpers.sparse.layers import SparseLinear
+from nbhelpers.sparse.semi_structured import convert_to_semi_structured, has_two_of_four
 from nbhelpers.sparse.storage import load_sparse, save_sparse
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "SparseLinear",
     "compact",
     "convert_gpt2_to_sparse",
+    "convert_to_semi_structured",
     "convert_to_sparse",
     "count_actual_params",
+    "has_two_of_four",
     "load_sparse",
     "save_sparse",
 ]
