@@ -44,6 +44,7 @@ from nbhelpers.profiles import get_profile
 from nbhelpers.sparse import convert_gpt2_to_sparse, kernels
 from nbhelpers.sparse.layers import random_matrix, to_weight
 from nbhelpers.training import Recipe, mixed_precision, train
+from nbhelpers.workspace import versions
 
 LAYERS = {  # in, out: the four matrices of a block
     "gpt2": ((768, 2304), (768, 768), (768, 3072), (3072, 768)),
@@ -381,7 +382,9 @@ def training(options) -> Iterator[tuple[str, pd.DataFrame]]:
     for shape in options.shapes:
         table = compare_training(shape, options.batch, options.length, options.steps, options.repeats)
         title = f"{shape}, {options.steps} steps of {options.batch} reviews of at most {options.length} tokens"
-        yield f"{title}, {mixed_precision()}", table.assign(shape=shape, precision=mixed_precision())
+        about = {"shape": shape, "batch_size": options.batch, "length": options.length}
+        about |= {"precision": mixed_precision(), "device": versions()["device"]}
+        yield f"{title}, {mixed_precision()}", table.assign(**about)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from nbhelpers.benchmark import MODELS
 from nbhelpers.data import read_movie_reviews
 from nbhelpers.models import load_tokenizer
 from nbhelpers.profiles import get_profile
+from nbhelpers.workspace import versions
 
 PROJECT = Path(__file__).parent.parent
 # A few steps of everything; batch size, learning rates, the token limit and the students' shapes are the profile's.
@@ -100,7 +101,7 @@ def main() -> None:
         # The small shape has fewer layers and positions; it is there to try this out.
         fewer = {"student_layers": "2,1", "max_tokens": "128"} if options.shape == "mini" else {}
         run_notebooks(root, FEW_STEPS | places | fewer)
-        table = what_it_took(root)
+        table = what_it_took(root).assign(device=versions()["device"])
     print(table.round(3).to_string(index=False))
     if options.csv:
         table.to_csv(options.csv, index=False)

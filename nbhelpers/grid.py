@@ -67,7 +67,8 @@ class GridError(RuntimeError):
 
 def score_cell(one: Run) -> None:
     """All scores of a seed and what later cells share: the dense model's answers."""
-    score_weights(one, SCORES)
+    for name in SCORES:  # one by one, so that no two are in memory at once
+        score_weights(one, (name,))
     train_logits(one)
     answers_right(one, "fine_tuned", "validation")
 

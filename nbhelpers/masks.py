@@ -81,18 +81,40 @@ def kth_smallest_bits(scores: list[torch.Tensor], k: int) -> tuple[int, int]:
     return prefix, k - before
 
 
+def threshold(scores: Tensors, share: float) -> float:
+    """The score under or at which this share of all weights lies: of N weights, the round(share * N)-th lowest.
+
+    Raises ``ValueError`` where that is none of the weights.
+    """
+    scores = same_type(scores)
+    k = round(share * sum(score.numel() for score in scores.values()))
+    if k < 1:
+        raise ValueError(f"a share of {share} is none of the weights: there is no score to go by")
+    ordered, _ = kth_smallest_bits(list(scores.values()), k)
+    width = raw_bits(next(iter(scores.values())))[1]
+    sign = 1 << (width - 1)
+    bits = ordered ^ sign if ordered & sign else ~ordered & (2 * sign - 1)
+    return float(np.array(bits, f"uint{width}").view(f"float{width}"))
+
+
+def same_type(scores: Tensors) -> Tensors:
+    """The scores, all as float64 where they are of several types."""
+    if len({score.dtype for score in scores.values()}) > 1:
+        return {name: score.double() for name, score in scores.items()}
+    return scores
+
+
 def select_lowest(scores: Tensors, k: int) -> Tensors:
     """Masks that drop exactly the k weights with the lowest scores, the first ones among equals."""
     if k == 0:
         return {name: torch.ones(score.shape, dtype=torch.bool) for name, score in scores.items()}
-    if len({score.dtype for score in scores.values()}) > 1:
-        scores = {name: score.double() for name, score in scores.items()}
-    threshold, ties = kth_smallest_bits(list(scores.values()), k)
+    scores = same_type(scores)
+    limit, ties = kth_smallest_bits(list(scores.values()), k)
     masks = {}
     for name, score in scores.items():
         masks[name] = torch.empty(score.shape, dtype=torch.bool)
         bits, width = raw_bits(score)
-        ties = keep_above(bits, width, np.uint64(threshold), ties, masks[name].view(-1).numpy())
+        ties = keep_above(bits, width, np.uint64(limit), ties, masks[name].view(-1).numpy())
     return masks
 
 

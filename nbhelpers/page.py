@@ -1,7 +1,7 @@
 """What people look at: the report's page, the notebooks as HTML, and the part of the README that is generated.
 
 python -m nbhelpers.page index  [--profile P --seed N]      reports/<profile>/index.html
-python -m nbhelpers.page readme [--profile P --seed N]      README.md, between its two markers
+python -m nbhelpers.page readme [--profile P --seed N]      README.md, between its markers
 
 Without --profile, the page is that of quick; the README leads with thorough where its report has a finding.
 """
@@ -27,6 +27,8 @@ from nbhelpers.workspace import Run, WorkspaceError, open_run, write_text
 
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- generated:start -->", "<!-- generated:end -->"
+MEASURED = ("<!-- measured:start -->", "<!-- measured:end -->")
+BENCHMARK = README.parent / "reports" / "benchmark"
 TITLE = "What can a language model live without?"
 README_FIGURES = ("03_recovered", "06_rivals", "06_accuracy_latency")
 LEGEND = (
@@ -287,13 +289,76 @@ def leading_profile() -> str:
     return "thorough" if finding(open_run(get_profile("thorough")).results()) else "quick"
 
 
-def write_readme(run: Run, path: Path = README) -> None:
-    """Put the generated block between the README's markers. Raises ``WorkspaceError`` when it has none."""
+def benchmark_table(name: str) -> pd.DataFrame:
+    """A table of ``reports/benchmark``. Raises ``WorkspaceError`` where it is missing."""
+    path = BENCHMARK / f"{name}.csv"
+    if not path.is_file():
+        raise WorkspaceError(f"{path} is missing: see the README on how it is measured")
+    return pd.read_csv(path)
+
+
+def gigabytes(value: float) -> str:
+    return f"{value / 1e9:.1f}"
+
+
+def trainer_line(part: pd.DataFrame) -> str:
+    """What was measured of training and prediction of one shape, against ``transformers.Trainer``."""
+    about, said = part.iloc[0], []
+    for row in part[part["name"] != "ours"].to_dict("records"):
+        task = {"train": "training", "predict": "prediction"}[row["task"]]
+        range_ = f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
+        said.append(f"{task} takes `{row['name']}` {row['speedup']:.2f} times as long ({range_})")
+    return (
+        f"- `{about['shape']}`, {about['reviews']} reviews of at most {about['length']} tokens, batches of "
+        f"{about['batch_size']}, {about['precision']}: {'; '.join(said)}."
+    )
+
+
+def selection_line(table: pd.DataFrame) -> str:
+    """What was measured of scores, thresholds and masks, against ``torch.nn.utils.prune``."""
+    ours, other, merge = (table.set_index("engine").loc[name] for name in ("ours", "torch", "merge"))
+
+    def cost(row) -> str:
+        return f"{row['seconds']:.1f} s and {gigabytes(row['extra_bytes'])} GB"
+
+    return (
+        f"- {ours['weights']:,.0f} weights scored, thresholded and masked: {cost(ours)}. `torch.nn.utils.prune`: "
+        f"{cost(other)}, {other['times_ours']:.0f} times as long. By the merge of three criteria, whose scores count: "
+        f"{cost(merge)}."
+    )
+
+
+def full_size_block() -> str:
+    """What a run of every stage at the size of GPT-2 took, and what was measured against other tools, in words."""
+    stages, training, selection = (benchmark_table(name) for name in ("full_size", "training", "selection"))
+    header, rows = ["notebook", "minutes", "memory, GB", "seconds a step"], []
+    for row in stages.to_dict("records"):
+        timed = not pd.isna(row["step_seconds"])
+        step = f"{row['step_seconds']:.1f} ({row['model'].replace('_', ' ')})" if timed else ""
+        cost = [f"{row['minutes']:.1f}", gigabytes(row["peak_memory_bytes"])]
+        rows.append([row["notebook"].replace("_", " "), *cost, step])
+    about = f"On {stages['device'].iloc[0]}; memory is that of the notebook's kernel."
+    lines = [*markdown_table(header, rows), "", about, ""]
+    lines += [trainer_line(part) for _, part in training.groupby("shape", sort=False)]
+    return "\n".join([*lines, selection_line(selection)])
+
+
+def write_between(path: Path, start: str, end: str, block: str) -> None:
+    """Put a block between two marker lines of a file. Raises ``WorkspaceError`` when it has none."""
     text = path.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise WorkspaceError(f"{path} needs the lines {START} and {END}, once each and in this order")
-    before, after = text.split(START)[0], text.split(END)[1]
-    write_text(path, f"{before}{START}\n{readme_block(run)}\n{END}{after}")
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise WorkspaceError(f"{path} needs the lines {start} and {end}, once each and in this order")
+    write_text(path, f"{text.split(start)[0]}{start}\n{block}\n{end}{text.split(end)[1]}")
+
+
+def write_readme(run: Run, path: Path = README) -> None:
+    """Write what a run has shown into the README. Raises ``WorkspaceError`` when one of the two lacks something."""
+    write_between(path, START, END, readme_block(run))
+
+
+def write_measured(path: Path = README) -> None:
+    """Write what was measured at full size into the README. Raises ``WorkspaceError`` where that is missing."""
+    write_between(path, *MEASURED, full_size_block())
 
 
 def main() -> None:
@@ -305,7 +370,11 @@ def main() -> None:
     try:
         profile = options.profile or (leading_profile() if options.what == "readme" else "quick")
         run = open_run(get_profile(profile), options.seed)
-        write_index(run) if options.what == "index" else write_readme(run)
+        if options.what == "index":
+            write_index(run)
+        else:
+            write_readme(run)
+            write_measured()
     except (ProfileError, WorkspaceError) as error:
         sys.exit(f"error: {error}")
 

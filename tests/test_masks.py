@@ -18,6 +18,7 @@ from nbhelpers.masks import (
     pack,
     select,
     sparsity_of,
+    threshold,
     unpack,
 )
 from nbhelpers.models import prunable_weights
@@ -120,6 +121,20 @@ def test_nothing_falls_at_zero_and_everything_at_one():
     scores = scores_of("random")
     assert all(mask.all() for mask in select(scores, 0).values())
     assert not any(mask.any() for mask in select(scores, 1).values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_threshold_is_the_score_of_the_last_weight_that_a_sort_puts_under_it(kind, dtype):
+    scores = {name: score.to(dtype) for name, score in scores_of(kind).items()}
+    ordered = np.sort(np.concatenate([score.numpy().ravel() for score in scores.values()]))
+    for share in SPARSITIES:
+        k = round(share * 1000)
+        if k:
+            assert threshold(scores, share) == ordered[k - 1]
+        else:
+            with pytest.raises(ValueError, match="none of the weights"):
+                threshold(scores, share)
 
 
 def test_half_precision_parameters_are_selected_like_their_float32_values():

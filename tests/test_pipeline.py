@@ -574,6 +574,7 @@ def test_the_readme_leads_with_thorough_once_it_has_a_finding(compared, workspac
     path.write_text(f"{page.START}\n{page.END}\n")
     monkeypatch.setattr(page, "README", path)
     monkeypatch.setattr(page.write_readme, "__defaults__", (path,))
+    monkeypatch.setattr(page, "write_measured", lambda: None)
     monkeypatch.setattr(sys, "argv", ["page", "readme"])
     reports = workspace / "reports"
     (reports / "smoke").rename(reports / "quick")
@@ -608,6 +609,36 @@ def test_a_readme_without_markers_is_refused(compared, tmp_path, text):
     with pytest.raises(WorkspaceError, match="generated:start"):
         page.write_readme(compared, path)
     assert path.read_text() == text
+
+
+def test_what_was_measured_at_full_size_stands_in_the_readme(workspace, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "BENCHMARK", tmp_path)
+    path = tmp_path / "README.md"
+    path.write_text("Before\n{}\nstale\n{}\nAfter\n".format(*page.MEASURED))
+    with pytest.raises(WorkspaceError, match=r"full_size\.csv is missing"):
+        page.write_measured(path)
+    stages_ = [
+        {"notebook": "01_fine_tune", "minutes": 2.04, "peak_memory_bytes": 5.23e9, "device": "cpu, 2 threads"},
+        {"notebook": "02_criteria_scoring", "minutes": 1.0, "peak_memory_bytes": 4e9, "device": "cpu, 2 threads"},
+    ]
+    stages_[0] |= {"model": "fine_tuned", "step_seconds": 6.06}
+    pd.DataFrame(stages_).to_csv(tmp_path / "full_size.csv", index=False)
+    about = {"shape": "mini", "reviews": 160, "length": 512, "batch_size": 8, "device": "cpu", "precision": "bf16"}
+    ratios = {"speedup": 2.188, "speedup_low": 2.1, "speedup_high": 2.3}
+    timed = [about | ratios | {"task": "train", "name": name} for name in ("ours", "trainer")]
+    pd.DataFrame(timed).to_csv(tmp_path / "training.csv", index=False)
+    selected = [
+        {"engine": "ours", "seconds": 0.3, "extra_bytes": 106e6, "weights": 84934656, "times_ours": 1},
+        {"engine": "torch", "seconds": 13.1, "extra_bytes": 4315e6, "weights": 84934656, "times_ours": 43.3},
+        {"engine": "merge", "seconds": 30, "extra_bytes": 2.9e9, "weights": 84934656, "times_ours": 100},
+    ]
+    pd.DataFrame(selected).to_csv(tmp_path / "selection.csv", index=False)
+    page.write_measured(path)
+    text = path.read_text()
+    assert text.startswith("Before\n") and text.endswith("\nAfter\n") and "stale" not in text
+    assert "| 01 fine tune | 2.0 | 5.2 | 6.1 (fine tuned) |\n| 02 criteria scoring | 1.0 | 4.0 |  |" in text
+    assert "training takes `trainer` 2.19 times as long (2.10 to 2.30)." in text
+    assert "84,934,656 weights" in text and "13.1 s and 4.3 GB, 43 times as long" in text
 
 
 def test_the_page_shows_the_comparison(compared):
