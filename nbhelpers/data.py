@@ -285,13 +285,15 @@ class BucketBatches(torch.utils.data.Sampler):
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = np.asarray(lengths), batch_size, seed, 0
+        self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
+        self.set_epoch(0)
 
     def __len__(self) -> int:
         return math.ceil(len(self.lengths) / self.batch_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Choose the order of an epoch, and how many of its batches have been seen already."""
+        self.epoch, self.skip = epoch, skip
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng((self.seed, self.epoch))
@@ -301,7 +303,7 @@ class BucketBatches(torch.utils.data.Sampler):
         for part in pools:
             part = part[np.argsort(self.lengths[part], kind="stable")]
             batches += [part[i : i + self.batch_size].tolist() for i in range(0, len(part), self.batch_size)]
-        return iter([batches[i] for i in rng.permutation(len(batches))])
+        return iter([batches[i] for i in rng.permutation(len(batches))][self.skip :])
 
 
 def make_loader(dataset: IMDbDataset, batch_size: int, pad_token_id: int, seed: int) -> torch.utils.data.DataLoader:
@@ -316,7 +318,9 @@ def make_loader(dataset: IMDbDataset, batch_size: int, pad_token_id: int, seed: 
         return batch
 
     sampler = BucketBatches([len(ids) for ids in dataset.input_ids], batch_size, seed)
-    return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+    # A generator of its own, so that starting on the batches draws nothing from the one that dropout uses.
+    generator = torch.Generator()
+    return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, generator=generator)
 
 
 def evaluation_batches(rows: list[list[int]], batch_size: int, pad_token_id: int):

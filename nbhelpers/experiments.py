@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from nbhelpers import processes
+from nbhelpers.checkpoints import checkpoints_of
 from nbhelpers.data import IMDbDataset, load_reviews, pad
 from nbhelpers.evaluation import evaluate_accuracy, predict_logits
 from nbhelpers.masks import FlaggedSets
@@ -136,6 +137,7 @@ def finetune_model(run: Run) -> pd.DataFrame:
             seed=run.seed,
             observers=(flagged, *observed.values()),
             validate=validator(run),
+            checkpoints=checkpoints_of(folder),
             description="fine-tuning",
         )
         save_dense(model, folder)
@@ -218,6 +220,7 @@ def distil_student(
             seed=run.seed,
             loss_function=loss,
             validate=validator(run),
+            checkpoints=checkpoints_of(folder),
             description=f"student {name}",
         )
         save_dense(student, folder)

@@ -239,6 +239,13 @@ class MaskKeeper:
         for name, mask in self.masks.items():
             self.weights[name].grad.masked_fill_(~mask, 0.0)
 
+    def state(self) -> Tensors:
+        """What a checkpoint has to keep: nothing, since the masks stay what they are."""
+        return {}
+
+    def load_state(self, tensors: Tensors) -> None:
+        """Go on from a ``state``."""
+
     def revived(self) -> int:
         """How many dropped weights are not zero; anything but 0 is a bug."""
         return sum(int((self.weights[name][~mask] != 0).sum()) for name, mask in self.masks.items())
@@ -267,6 +274,16 @@ class GradualKeeper(MaskKeeper):
             self.masks = {name: mask.to(self.weights[name].device) for name, mask in chosen.items()}
         self.step += 1
         super().apply()
+
+    def state(self) -> Tensors:
+        """What a checkpoint has to keep: the place in the schedule, and the masks."""
+        return {"step": torch.tensor(self.step), "masks": pack(self.masks)}
+
+    def load_state(self, tensors: Tensors) -> None:
+        """Go on from a ``state``."""
+        self.step = int(tensors["step"])
+        masks = unpack(tensors["masks"], self.masks)
+        self.masks = {name: mask.to(self.weights[name].device) for name, mask in masks.items()}
 
     def finish(self) -> None:
         """Raise unless the schedule was gone through to its end."""
@@ -329,6 +346,15 @@ class FlaggedSets:
             scores = score(self.gradients.weights, statistics)
             if any(values.any() for values in scores.values()):
                 self.sets[f"{self.steps}/{criterion}"] = pack(select(scores, self.sparsity))
+
+    def state(self) -> Tensors:
+        """What a checkpoint has to keep: the number of steps, and the sets."""
+        return {"steps": torch.tensor(self.steps)} | {f"set.{key}": bits for key, bits in self.sets.items()}
+
+    def load_state(self, tensors: Tensors) -> None:
+        """Go on from a ``state``."""
+        self.steps = int(tensors["steps"])
+        self.sets = {key.removeprefix("set."): bits for key, bits in tensors.items() if key != "steps"}
 
     def tensors(self) -> Tensors:
         """{"<steps>/<criterion>": ``pack``ed set}, the last ones of the model as it is now: ask after ``train``.

@@ -28,9 +28,10 @@ from tokenizers import ByteLevelBPETokenizer
 from torch.nn.utils import clip_grad_norm_
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
+from nbhelpers.checkpoints import load_optimizer_tensors, optimizer_tensors
 from nbhelpers.data import clean_text, read_movie_reviews
 from nbhelpers.forgetting import bits_per_byte, encode
-from nbhelpers.training import load_optimizer_tensors, mixed_precision, optimizer_tensors
+from nbhelpers.training import mixed_precision
 from nbhelpers.workspace import replace_folder
 
 CONTEXT = 512

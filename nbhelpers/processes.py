@@ -9,7 +9,7 @@ import os
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 
 class ProcessError(RuntimeError):
@@ -62,6 +62,11 @@ def wait() -> None:
 def agree(value):
     """The main process's value, in all of them."""
     return broadcast_object_list([value])[0] if count() > 1 else value
+
+
+def gather(value) -> list:
+    """The values of all processes, in the order of their numbers."""
+    return gather_object([value]) if count() > 1 else [value]
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:

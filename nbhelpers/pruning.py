@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from nbhelpers import criteria, masks, processes
+from nbhelpers.checkpoints import checkpoints_of
 from nbhelpers.evaluation import predict_logits, wilson_interval
 from nbhelpers.experiments import (
     TRAIN_FIELDS,
@@ -181,10 +182,11 @@ def pruned_curves(run: Run, pruners: tuple[str, ...] = PRUNERS) -> pd.DataFrame:
 # --- 03: recovery ---
 
 
-def train_on(run: Run, model, description: str, rate: float, keeper=None, data=None, loss=None) -> list[dict]:
-    """A profile's recovery steps, without a choice among checkpoints: the last one counts. Returns the history."""
+def train_on(run: Run, model, description: str, rate: float, checkpoints, keeper=None, data=None, loss=None):
+    """A profile's recovery steps, without a choice among epochs: the last one counts. Returns the history."""
     recipe = dataclasses.replace(recipe_for(run.profile, "recover"), learning_rate=rate)
     options = {"seed": run.seed, "mask_keeper": keeper, "loss_function": loss, "description": description}
+    options["checkpoints"] = checkpoints
     return train(model, data or dataset(run, "train"), recipe, **options)
 
 
@@ -193,12 +195,16 @@ def save_trained(model, history: list[dict], folder: Path) -> None:
     write_history(folder, history)
 
 
-def recover_in_place(run: Run, what: str, sparsity: float, rate: float, chosen: dict | None) -> tuple:
-    """The fine-tuned model pruned with some masks and trained on, or without any; and its history."""
+def recover_in_place(run: Run, what: str, sparsity: float, rate: float, chosen: dict | None, folder: Path) -> tuple:
+    """The fine-tuned model pruned with some masks and trained on, or without any; and its history.
+
+    folder: of the artefact that is being built.
+    """
     model = on_device(run, "fine_tuned")
     keeper = masks.MaskKeeper(model, chosen) if chosen is not None else None
     title = f"recovering {what} at {sparsity:.0%}" if keeper else "dense control"
-    history = train_on(run, model, f"{title}, learning rate {rate:g}", rate, keeper)
+    checkpoints = checkpoints_of(folder, f"rate-{rate:g}")
+    history = train_on(run, model, f"{title}, learning rate {rate:g}", rate, checkpoints, keeper)
     if keeper and keeper.revived():
         raise RuntimeError(f"{keeper.revived()} weights pruned by {what} revived during recovery")
     return model, history
@@ -215,7 +221,7 @@ def scan_recovery_rates(run: Run, what: str) -> pd.DataFrame:
     def build(folder):
         chosen, rows = None if dense else masks.select(scores_of(run, what), main), []
         for rate in run.profile.recovery_learning_rates:
-            model, history = recover_in_place(run, what, main, rate, chosen)
+            model, history = recover_in_place(run, what, main, rate, chosen, folder)
             rows.append({"what": what, "learning_rate": rate, "accuracy": validator(run)(model)})
             if rows[-1]["accuracy"] > max((row["accuracy"] for row in rows[:-1]), default=-1):
                 save_trained(model, history, folder)
@@ -256,7 +262,7 @@ def recover_model(run: Run, criterion: str, sparsity: float, chosen: dict | None
         if scanned:
             copy_best(run, criterion, folder)
         else:
-            save_trained(*recover_in_place(run, criterion, sparsity, rate, chosen), folder)
+            save_trained(*recover_in_place(run, criterion, sparsity, rate, chosen, folder), folder)
 
     bits = b"".join(np.packbits(mask.numpy()).tobytes() for mask in chosen.values())
     settings = pick(run.profile, *RECOVERY_FIELDS, masks=hashlib.sha256(bits).hexdigest(), rate=rate, seed=run.seed)
@@ -291,13 +297,14 @@ def recover_otherwise(run: Run, way: str, criterion: str, sparsity: float) -> st
 
     def build(folder):
         model, what = on_device(run, "fine_tuned"), f"recovering {criterion} at {sparsity:.0%}, {way}"
+        checkpoints = checkpoints_of(folder)
         if way == "taught":
             keeper = masks.MaskKeeper(model, masks.select(score, sparsity))
-            history = train_on(run, model, what, rate, keeper, *teacher_data_and_loss(run, 0.5, 2.0))
+            history = train_on(run, model, what, rate, checkpoints, keeper, *teacher_data_and_loss(run, 0.5, 2.0))
         else:
             steps = round(GRADUAL_SHARE * run.profile.recovery_steps)
             keeper = masks.GradualKeeper(model, lambda: score, sparsity, steps)
-            history = train_on(run, model, what, rate, keeper)
+            history = train_on(run, model, what, rate, checkpoints, keeper)
             keeper.finish()
         save_trained(model, history, folder)
 

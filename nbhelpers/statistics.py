@@ -31,6 +31,16 @@ class GradientMagnitude:
         for name, weight in self.weights.items():
             self.sums[name] += self.value(weight)
 
+    def state(self) -> Tensors:
+        """What a checkpoint has to keep: the number of steps, and the sums."""
+        return {"steps": torch.tensor(self.steps)} | {f"sum.{name}": total for name, total in self.sums.items()}
+
+    def load_state(self, tensors: Tensors) -> None:
+        """Go on from a ``state``."""
+        self.steps = int(tensors["steps"])
+        for name, total in self.sums.items():
+            total.copy_(tensors[f"sum.{name}"])
+
     def mean(self) -> Tensors:
         """The mean by parameter name. Raises ``RuntimeError`` before the first step."""
         if not self.steps:

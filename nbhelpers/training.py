@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nbhelpers import processes
+from nbhelpers.checkpoints import Checkpoints, Standing
 from nbhelpers.data import IMDbDataset, make_loader
 from nbhelpers.models import BLOCK_WEIGHT, blocks
 from nbhelpers.profiles import Profile
@@ -185,6 +186,7 @@ def train(
     observers: tuple = (),
     mask_keeper=None,
     validate: Callable[[nn.Module], float] | None = None,
+    checkpoints: Checkpoints | None = None,
     description: str = "training",
 ) -> list[dict]:
     """Train a model in place, on ``processes.device()``, and leave the weights of its best validation in it.
@@ -193,8 +195,9 @@ def train(
     see the model after each backward pass, before clipping, with the gradient of the whole batch; mask_keeper keeps
     pruned weights at zero; validate(model) -> accuracy, asked at the end of each epoch. Returns one dict an epoch:
     epoch, steps, loss (mean), losses (each step's), step_seconds (mean), accuracy, seconds (validation included).
-    Raises ``FloatingPointError`` when the loss is not finite. Of several processes each computes its share of every
-    batch; dropout aside, they train as one would.
+    checkpoints: where to keep the state of the training from time to time, and to go on from. Raises
+    ``FloatingPointError`` when the loss is not finite. Of several processes each computes its share of every batch;
+    dropout aside, they train as one would.
     """
     torch.manual_seed(seed + processes.index())
     loss_function = loss_function or functools.partial(classification_loss, prefix_share=recipe.prefix_share)
@@ -209,16 +212,20 @@ def train(
     steps = recipe.steps or recipe.epochs * per_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_decay(steps, recipe.warmup_share))
 
-    history, best, step = [], None, 0
-    with progress(steps, description) as bar:
-        for epoch in range(math.ceil(steps / per_epoch)):
-            sampler.set_epoch(epoch)
+    parts = [*observers, *([mask_keeper] if mask_keeper else [])]
+    at = checkpoints.restore(bare, optimizer, parts) if checkpoints else Standing()
+    schedule.last_epoch = at.step
+    with progress(steps, description, done=at.step) as bar:
+        for epoch in range(len(at.history), math.ceil(steps / per_epoch)):
+            sampler.set_epoch(epoch, skip=len(at.losses))
             model.train()
-            losses, started = [], time.time()
+            started = time.time() - at.seconds
             for batch in loader:
                 loss = backward_in_parts(model, batch, loss_function, accelerator, recipe.accumulation)
                 if not torch.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}: lower the learning rate")
+                    raise FloatingPointError(
+                        f"the loss is {loss.item()} at step {at.step + 1}: lower the learning rate"
+                    )
                 for observer in observers:
                     observer.after_backward()
                 if mask_keeper:
@@ -229,24 +236,30 @@ def train(
                 optimizer.zero_grad()
                 if mask_keeper:
                     mask_keeper.apply()
-                losses.append(loss)
-                step += 1
+                at.losses.append(loss)
+                at.step += 1
                 bar.update()
-                if step == steps:
+                if at.step == steps or len(at.losses) == per_epoch:
                     break
-            losses = processes.total(torch.stack(losses)).tolist()
-            entry = {"epoch": epoch + 1, "steps": step, "loss": sum(losses) / len(losses), "losses": losses}
+                if checkpoints and checkpoints.due():
+                    at.seconds = time.time() - started
+                    checkpoints.save(at, bare, optimizer, parts)
+            losses = processes.total(torch.stack(at.losses)).tolist()
+            entry = {"epoch": epoch + 1, "steps": at.step, "loss": sum(losses) / len(losses), "losses": losses}
             entry["step_seconds"] = (time.time() - started) / len(losses)
             if validate:
                 entry["accuracy"] = validate(bare.eval())
-                if best is None or entry["accuracy"] > best[0]:
-                    best = entry["accuracy"], copy.deepcopy(bare.state_dict())
-            history.append(entry | {"seconds": time.time() - started})
-    if best:
-        bare.load_state_dict(best[1])
+                if at.best is None or entry["accuracy"] > at.best[0]:
+                    at.best = entry["accuracy"], copy.deepcopy(bare.state_dict())
+            at.history.append(entry | {"seconds": time.time() - started})
+            at.losses, at.seconds = [], 0.0
+            if checkpoints and checkpoints.due():
+                checkpoints.save(at, bare, optimizer, parts)
+    if at.best:
+        bare.load_state_dict(at.best[1])
     # Without this the model would keep Accelerate's autocast around its forward pass.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
-    return history
+    return at.history
 
 
 def distillation_loss(teacher_logits: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, alpha: float, t: float):
@@ -262,24 +275,6 @@ def distillation_loss(teacher_logits: torch.Tensor, logits: torch.Tensor, labels
         log_target=True,
     )
     return alpha * hard + (1 - alpha) * t**2 * soft
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """An optimizer's state as named tensors, which safetensors can store: ``"<parameter index>.<entry>"``."""
-    return {
-        f"{i}.{key}": torch.as_tensor(value).contiguous()
-        for i, entry in optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
-    }
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Restore what ``optimizer_tensors`` gave, for the same parameters in the same order."""
-    state = {}
-    for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 if __name__ == "__main__":

@@ -44,8 +44,10 @@ LOADERS = {
 
 
 # The code that artefacts come out of: when it changes, they are built anew.
-COMPUTING = ("data", "models", "training", "processes", "statistics", "criteria", "masks")
+COMPUTING = ("data", "models", "training", "checkpoints", "processes", "statistics", "criteria", "masks")
 BUILT_HERE: set[Path] = set()
+# What is being built: the folder written into -> where its trainings keep checkpoints, and the key of the artefact.
+BUILDING: dict[Path, tuple[Path, str]] = {}
 TENSORS = "tensors.safetensors"  # the file of an artefact's tensors that are not a model's weights
 
 
@@ -175,10 +177,10 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def progress(total: int, description: str) -> tqdm:
+def progress(total: int, description: str, done: int = 0) -> tqdm:
     """A progress bar with time left, of the main process; silent in a batch run, whose log would keep each frame."""
     silent = "NBHELPERS_BATCH" in os.environ or not processes.is_main()
-    return tqdm(total=total, desc=description, leave=False, mininterval=0.5, disable=silent)
+    return tqdm(total=total, initial=done, desc=description, leave=False, mininterval=0.5, disable=silent)
 
 
 @dataclass(frozen=True)
@@ -226,13 +228,15 @@ class Run:
         forced = bool(os.environ.get("NBHELPERS_FORCE")) and folder not in BUILT_HERE
         if processes.agree(not forced and self.read_artifact(name).get("key") == key):
             return folder
-        started = time.time()
+        started, checkpoints = time.time(), folder.with_name(f"{name}.checkpoint")
         if not processes.is_main():
             with tempfile.TemporaryDirectory() as unused:
+                BUILDING[Path(unused)] = checkpoints, key
                 build(Path(unused))
             processes.wait()
             return folder
         with replace_folder(folder) as partial:
+            BUILDING[partial] = checkpoints, key
             build(partial)
             files = {p.relative_to(partial).as_posix(): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
             record = {
@@ -252,6 +256,7 @@ class Run:
             }
             write_text(partial / "artifact.json", json.dumps(record, indent=2, default=list) + "\n")
         BUILT_HERE.add(folder)
+        shutil.rmtree(checkpoints, ignore_errors=True)
         processes.wait()
         return folder
 

@@ -13,6 +13,7 @@ from scipy.special import log_softmax
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from nbhelpers import experiments, grid
+from nbhelpers.checkpoints import load_optimizer_tensors, optimizer_tensors
 from nbhelpers.data import IMDbDataset, make_loader
 from nbhelpers.evaluation import evaluate_accuracy
 from nbhelpers.masks import MaskKeeper, select
@@ -23,9 +24,7 @@ from nbhelpers.training import (
     Recipe,
     classification_loss,
     distillation_loss,
-    load_optimizer_tensors,
     mixed_precision,
-    optimizer_tensors,
     parameter_groups,
     recipe_for,
     train,
