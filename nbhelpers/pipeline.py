@@ -12,13 +12,14 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import psutil
 import torch
 
-from nbhelpers import execution, page, stages
+from nbhelpers import execution, lock, page, stages
 from nbhelpers.measurement import PeakMemory, memory_of_children
 from nbhelpers.profiles import ProfileError, get_profile, overrides_of
 from nbhelpers.stages import NOTEBOOKS, STAGES, Stage
@@ -263,8 +264,11 @@ def run_chain(options: argparse.Namespace, notebooks: Path, known: dict[str, Sta
         return
     check_notebooks(selected, notebooks)
     if options.list:
+        running = lock.holder(run)
         for stage in selected:
-            print(f"{stage.name:22} {stages.state(run, stage, notebooks, known)}")
+            now = running and running["stage"] == stage.name
+            state = f"running ({lock.describe(running)})" if now else stages.state(run, stage, notebooks, known)
+            print(f"{stage.name:22} {state}")
         return
     check_needs(run, selected, known, options)
     print(
@@ -272,6 +276,12 @@ def run_chain(options: argparse.Namespace, notebooks: Path, known: dict[str, Sta
     )
     preflight(run)
     print(describe_machine(profile.name), flush=True)
+    with lock.only_one(run) as at:
+        run_stages(run, selected, notebooks, known, options, at)
+
+
+def run_stages(run: Run, selected: list[Stage], notebooks: Path, known, options, at: Callable[[str], None]) -> None:
+    """Run the chosen notebooks that are not fresh, with a line each; at(name) is told which one is under way."""
     started = time.time()
     if options.jobs > 1:
         compute_cells(run, options, [s for s in selected if stages.state(run, s, notebooks, known) != "fresh"])
@@ -279,6 +289,7 @@ def run_chain(options: argparse.Namespace, notebooks: Path, known: dict[str, Sta
         if not options.force and stages.state(run, stage, notebooks, known) == "fresh":
             print(f"{stage.name:22} up to date", flush=True)
             continue
+        at(stage.name)
         try:
             print(f"{stage.name:22} {run_stage(run, stage, notebooks, known, options)}", flush=True)
         except KeyboardInterrupt:

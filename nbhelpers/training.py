@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -176,6 +177,28 @@ def backward_in_parts(model, batch: dict, loss_function: Callable, accelerator: 
     return mine
 
 
+def backward_within_memory(model, batch: dict, loss_function: Callable, accelerator: Accelerator, accumulation: int):
+    """``backward_in_parts``, and again in twice as many parts, once, where the memory is too small.
+
+    Returns the share of the loss and the number of parts that fits. Raises ``MemoryError`` where it still does not, or
+    where other processes would have to do the same.
+    """
+    parts = (accumulation, 2 * accumulation) if accelerator.num_processes == 1 else (accumulation,)
+    for attempt in parts:
+        try:
+            return backward_in_parts(model, batch, loss_function, accelerator, attempt), attempt
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+        model.zero_grad()
+        if attempt != parts[-1]:
+            print(f"no memory for {len(batch['labels'])} reviews in {attempt} parts: in {2 * attempt} from here on")
+    raise MemoryError(
+        f"{len(batch['labels'])} reviews do not fit into memory in {parts[-1]} parts: "
+        f"set accumulation to {2 * parts[-1]} or more, or max_tokens or batch_size lower"
+    )
+
+
 def train(
     model: PreTrainedModel,
     data: IMDbDataset,
@@ -195,9 +218,9 @@ def train(
     see the model after each backward pass, before clipping, with the gradient of the whole batch; mask_keeper keeps
     pruned weights at zero; validate(model) -> accuracy, asked at the end of each epoch. Returns one dict an epoch:
     epoch, steps, loss (mean), losses (each step's), step_seconds (mean), accuracy, seconds (validation included).
-    checkpoints: where to keep the state of the training from time to time, and to go on from. Raises
-    ``FloatingPointError`` when the loss is not finite. Of several processes each computes its share of every batch;
-    dropout aside, they train as one would.
+    checkpoints: where to keep the state of the training from time to time, and to go on from. Of several processes
+    each computes its share of every batch; dropout aside, they train as one would. Raises ``FloatingPointError`` when
+    the loss is not finite, and ``MemoryError`` when a batch does not fit.
     """
     torch.manual_seed(seed + processes.index())
     loss_function = loss_function or functools.partial(classification_loss, prefix_share=recipe.prefix_share)
@@ -212,7 +235,7 @@ def train(
     steps = recipe.steps or recipe.epochs * per_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_decay(steps, recipe.warmup_share))
 
-    parts = [*observers, *([mask_keeper] if mask_keeper else [])]
+    in_parts, parts = recipe.accumulation, [*observers, *([mask_keeper] if mask_keeper else [])]
     at = checkpoints.restore(bare, optimizer, parts) if checkpoints else Standing()
     schedule.last_epoch = at.step
     with progress(steps, description, done=at.step) as bar:
@@ -221,7 +244,7 @@ def train(
             model.train()
             started = time.time() - at.seconds
             for batch in loader:
-                loss = backward_in_parts(model, batch, loss_function, accelerator, recipe.accumulation)
+                loss, in_parts = backward_within_memory(model, batch, loss_function, accelerator, in_parts)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(
                         f"the loss is {loss.item()} at step {at.step + 1}: lower the learning rate"

@@ -104,7 +104,8 @@ def test_a_run_writes_reports_and_says_so_in_a_line_each(call, workspace):
     written = files(workspace / "reports" / "smoke")
     for name in ("index.html", "notebooks/01_first.html", "notebooks/01_first.ipynb", "notebooks/02_second.html"):
         assert name in written
-    assert files(workspace / ".artifacts") == [f"smoke/seed-0/stages/{name}.json" for name in STAGES]
+    left = [f"smoke/seed-0/stages/{name}.json" for name in STAGES]
+    assert [name for name in files(workspace / ".artifacts") if not name.endswith(".lock")] == left
 
 
 def test_the_executed_copy_is_whole_and_names_no_machine(call, workspace):
@@ -662,3 +663,55 @@ def test_the_page_shows_figures_that_are_promised_and_there(compared):
 def test_paths_are_taken_out_of_outputs(workspace):
     text = f"{PROJECT}/a {workspace}/b /tmp/ipykernel_12/34.py:5: Warning"
     assert execution.without_paths(text) == "./a ./b <cell>:5: Warning"
+
+
+# --- two at once ---
+
+HOLD = """
+import sys, time
+from nbhelpers.lock import only_one
+from nbhelpers.profiles import get_profile
+from nbhelpers.workspace import open_run
+with only_one(open_run(get_profile("smoke"), 0)) as at:
+    at("02_second")
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(workspace):
+    """Another process that holds the workspace, in its second notebook."""
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    process = subprocess.Popen([sys.executable, "-c", HOLD], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_run_is_refused_while_the_first_one_is_named(call, workspace, other):
+    before = files(workspace)
+    code, _, err = call()
+    assert code == 2
+    assert re.search(rf"is in use by process {other.pid} on \S+, since \d{{4}}-\d\d-\d\d \d\d:\d\d: wait", err)
+    assert files(workspace) == before
+
+
+def test_the_list_says_which_notebook_runs_and_by_whom(call, other):
+    code, out, _ = call("--list")
+    first, second = out.splitlines()
+    assert (code, first.split()) == (0, ["01_first", "missing"])
+    assert re.fullmatch(rf"02_second +running \(process {other.pid} on .*\)", second)
+
+
+def test_the_lock_of_a_process_that_was_killed_is_cleared(call, workspace, other):
+    other.kill()
+    other.wait()
+    assert (workspace / ".artifacts/smoke/seed-0/.running.json").exists()
+    assert call()[0] == 0
+    assert not (workspace / ".artifacts/smoke/seed-0/.running.json").exists()
+
+
+def test_another_seed_is_another_workspace(call, other):
+    assert call("--seed", "1")[0] == 0

@@ -544,3 +544,51 @@ def test_a_wrong_argument_is_one_line_and_writes_nothing(workspace, monkeypatch,
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(workspace.rglob("*"))
+
+
+# --- memory ---
+
+
+def hungry(limit, reviews_seen):
+    """A loss for which there is memory for at most ``limit`` reviews at a time."""
+
+    def loss(model, batch):
+        reviews_seen.append(len(batch["labels"]))
+        if len(batch["labels"]) > limit:
+            # What torch says on a CPU.
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"
+            )
+        return classification_loss(model, batch)
+
+    return loss
+
+
+def test_a_batch_that_does_not_fit_is_computed_in_parts_to_the_same_end(capsys):
+    seen = []
+    whole = train(tiny_model(), toy_data(), RECIPE)
+    parted = train(tiny_model(), toy_data(), RECIPE, loss_function=hungry(4, seen))
+    assert capsys.readouterr().out == "no memory for 8 reviews in 1 parts: in 2 from here on\n"
+    assert seen == [8] + [4] * 20
+    # Weights without a gradient (biases of keys) go where rounding sends them, and change nothing.
+    for expected, found in zip(whole, parted, strict=True):
+        np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-4)
+
+
+def test_where_even_fewer_fit_the_parts_become_smaller_again():
+    seen = []
+    train(tiny_model(), toy_data(), dataclasses.replace(RECIPE, accumulation=2), loss_function=hungry(2, seen))
+    assert seen == [4] + [2] * 40
+
+
+def test_a_batch_that_does_not_fit_in_twice_as_many_parts_is_an_error_that_says_what_to_set():
+    with pytest.raises(MemoryError, match="8 reviews do not fit into memory in 2 parts: set accumulation to 4 or more"):
+        train(tiny_model(), toy_data(), RECIPE, loss_function=hungry(1, []))
+
+
+def test_another_error_of_the_loss_is_not_taken_for_a_lack_of_memory():
+    def broken(model, batch):
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        train(tiny_model(), toy_data(), RECIPE, loss_function=broken)
