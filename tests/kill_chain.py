@@ -1,0 +1,153 @@
+"""Kill a run at random moments, go on each time, and compare what it ends with to a run that was left alone.
+
+    .venv/bin/python tests/kill_chain.py --profile quick --kills 20 --folder /tmp/killed
+
+Whatever hangs on how fast the machine was is left out of the comparison: times, and which engine a sparse layer was
+given. All else has to be equal: weights, scores and answers bit for bit, tables and metrics to the last digit.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+
+PROJECT = Path(__file__).parent.parent
+# Names of metrics and columns that say how long something took, or what was chosen by that.
+TIMED = re.compile(r"minutes|seconds|speed|latency|_ms|gflops|limits|peak_memory|unstructured_rival|fastest|intensity")
+TIMED_TABLES = ("engines", "break_even", "latency", "student_speed")
+# Made of engines that were chosen by their speed: equal up to rounding, which is tested elsewhere.
+TIMED_ARTEFACTS = re.compile(r"^(logits_)?(sparse|compact)_")
+
+
+def command(arguments: argparse.Namespace) -> list[str]:
+    words = [word for pair in arguments.set for word in ("--set", pair)]
+    return [sys.executable, "-m", "nbhelpers.pipeline", "--profile", arguments.profile, *words]
+
+
+def start(arguments: argparse.Namespace, root: Path) -> subprocess.Popen:
+    """The pipeline in a workspace, saving checkpoints often."""
+    root.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"NBHELPERS_ROOT": str(root), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PROJECT)}
+    environment["NBHELPERS_CHECKPOINT_SECONDS"] = "2"
+    with (root / "log.txt").open("a") as log:
+        return subprocess.Popen(command(arguments), env=environment, stdout=log, stderr=log)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End the pipeline and all that it has started, as a power cut does."""
+    found = psutil.Process(process.pid)
+    for one in [*found.children(recursive=True), found]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
+
+
+def run_and_kill(arguments: argparse.Namespace, root: Path, usual: float) -> int:
+    """Run to the end, killed so often on the way; returns how often that was."""
+    draw, killed = random.Random(arguments.seed), 0
+    while True:
+        process, moment = start(arguments, root), None
+        if killed < arguments.kills:
+            # So that all kills together fall into about the time that a whole run takes.
+            moment = 8 + draw.random() * 2 * usual / arguments.kills
+        try:
+            code = process.wait(moment)
+        except subprocess.TimeoutExpired:
+            kill(process)
+            killed += 1
+            print(f"kill {killed} after {moment:.0f} s: {last_line(root)}", flush=True)
+            continue
+        if code:
+            sys.exit(f"the run failed with {code}: see {root / 'log.txt'}")
+        return killed
+
+
+def last_line(root: Path) -> str:
+    lines = (root / "log.txt").read_text().splitlines()
+    return lines[-1] if lines else "before its first line"
+
+
+# --- what is compared ---
+
+
+def metrics(value, name: str = ""):
+    """Every number and text of ``results.json`` by its path, those that were timed left out."""
+    if TIMED.search(name.rsplit(".", 1)[-1]) or name in ("run", "captions"):
+        return {}
+    if isinstance(value, dict):
+        return {k: v for key, part in value.items() for k, v in metrics(part, f"{name}.{key}".strip(".")).items()}
+    if isinstance(value, list):
+        return {k: v for i, part in enumerate(value) for k, v in metrics(part, f"{name}.{i}").items()}
+    return {name: value}
+
+
+def tables(reports: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted((reports / "tables").glob("*.csv")):
+        table = pd.read_csv(path)
+        if path.stem not in TIMED_TABLES:
+            found[path.name] = table[[column for column in table if not TIMED.search(column)]].to_csv()
+    return found
+
+
+def artefacts(folder: Path) -> dict[str, str]:
+    """The checksums of all weights, scores and answers."""
+    found = {}
+    for path in sorted(folder.glob("seed-*/*/artifact.json")):
+        if not TIMED_ARTEFACTS.search(path.parent.name):
+            files = json.loads(path.read_text())["files"]
+            where = f"{path.parent.parent.name}/{path.parent.name}"
+            found |= {f"{where}/{name}": sum_ for name, sum_ in files.items() if name.endswith(".safetensors")}
+    return found
+
+
+def everything(root: Path, profile: str) -> dict[str, dict]:
+    reports = root / "reports" / profile
+    results = json.loads((reports / "results.json").read_text())
+    kinds = {"metrics": metrics(results), "tables": tables(reports)}
+    return kinds | {"artefacts": artefacts(root / ".artifacts" / profile)}
+
+
+def leftovers(root: Path) -> list[str]:
+    """What should not be there after a run: half-written folders and checkpoints."""
+    folders = [*root.glob(".artifacts/*/seed-*/*.partial"), *root.glob(".artifacts/*/seed-*/*.checkpoint")]
+    return [folder.name for folder in folders]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--profile", default="quick")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, required=True, help="for the two workspaces; kept")
+    arguments = parser.parse_args()
+    whole, broken = arguments.folder / "left-alone", arguments.folder / "killed"
+    started = time.time()
+    if start(arguments, whole).wait():
+        sys.exit(f"the run that was left alone failed: see {whole / 'log.txt'}")
+    usual = time.time() - started
+    print(f"left alone: {usual / 60:.1f} minutes", flush=True)
+    killed = run_and_kill(arguments, broken, usual)
+    expected, found = (everything(root, arguments.profile) for root in (whole, broken))
+    differ = []
+    for kind, values in expected.items():
+        names = values.keys() | found[kind].keys()
+        wrong = sorted(name for name in names if values.get(name) != found[kind].get(name))
+        print(f"{kind}: {len(names) - len(wrong)} of {len(names)} equal")
+        differ += [f"{kind}: {name}" for name in wrong] + [f"left behind: {name}" for name in leftovers(broken)]
+    print("\n".join(differ) or f"killed {killed} times, and the same in the end")
+    sys.exit(bool(differ))
+
+
+if __name__ == "__main__":
+    main()
