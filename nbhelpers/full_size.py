@@ -3,8 +3,8 @@
     python -m nbhelpers.full_size --csv reports/benchmark/full_size.csv
 
 Writes a checkpoint in the hub's file format and the packaged reviews as an aclImdb folder, runs the six notebooks of
-the profile on them in a workspace of its own, and says what each took. Its accuracies mean nothing; its minutes, its
-seconds a step and its memory do. The tokenizer is that of the model that ships, since GPT-2's own is on the hub.
+the profile on them in a workspace of its own, and says what each took. Its accuracies mean nothing; its memory and its
+seconds a step do. The tokenizer is that of the model that ships, since GPT-2's own is on the hub.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from nbhelpers.workspace import versions
 PROJECT = Path(__file__).parent.parent
 # A few steps of everything; batch size, learning rates, the token limit and the students' shapes are the profile's.
 FEW_STEPS = {
-    "train_size": "64",
-    "validation_size": "16",
-    "test_size": "16",
+    "train_size": "32",
+    "validation_size": "8",
+    "test_size": "8",
     "epochs": "1",
     "sparsities": "0.9",
     "recovery_sparsities": "0.9",
@@ -40,7 +40,7 @@ FEW_STEPS = {
     "temperatures": "2",
     "alphas": "0.5",
     "scan_steps": "2",
-    "calibration_reviews": "16",
+    "calibration_reviews": "8",
     "latency_batches": "1,8",
     "latency_repeats": "3",
 }

@@ -1,15 +1,21 @@
 """Pretrained, teacher, student; which of their weights may be pruned."""
 
+import contextlib
 import copy
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -18,11 +24,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from nbhelpers import processes
-from nbhelpers.data import evaluation_batches
-from nbhelpers.profiles import Profile
+from nbhelpers.data import evaluation_batches, reason_of
+from nbhelpers.profiles import Profile, local_path, shown
 from nbhelpers.workspace import sha256
 
 # That a fresh classification head is not in a language model's checkpoint is known here, and said in notebook 01.
@@ -33,6 +40,8 @@ hub_logging.set_verbosity_error()
 
 MINI = Path(__file__).parent / "pretrained"
 LABEL_NAMES = {0: "negative", 1: "positive"}
+KINDS = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+DECODERS = "a decoder that has a classification head and blocks named h or layers, as GPT-2, Llama and Qwen2 have"
 BLOCK_WEIGHT = re.compile(r"\.(?:h|layers)\.(\d+)\.(.+)\.weight$")
 
 
@@ -42,27 +51,43 @@ class ModelError(ValueError):
 
 def model_source(profile: Profile) -> tuple[str, dict]:
     """Where ``from_pretrained`` finds a profile's model: a folder or a hub id, and the revision with it."""
-    path = Path(profile.model).expanduser()
+    path = local_path(profile.model)
     if profile.model in ("mini", "tiny"):
         return str(MINI), {}
-    if path.is_dir():
+    if path and path.is_dir():
         return str(path), {}
     if re.fullmatch(r"[\w.-]+/[\w.-]+", profile.model):
         return profile.model, {"revision": profile.model_revision}
-    raise ModelError(f"model {profile.model!r} does not exist: it takes mini, a hub id or a local folder")
+    what = "is not a folder" if path else "does not exist"
+    raise ModelError(f"model {shown(profile.model)} {what}: it takes mini, a hub id or a local folder")
+
+
+@contextlib.contextmanager
+def clear_errors(profile: Profile) -> Iterator[None]:
+    """Every failure to load a profile's model becomes one clear ``ModelError``."""
+    try:
+        yield
+    except ModelError:
+        raise
+    # Wrong files raise errors of every kind, down to a plain Exception, in several libraries.
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"model {profile.model!r} needs code that comes with it, which is never run: it takes {DECODERS}"
+            ) from error
+        hint = "its folder needs config.json, tokenizer.json and model.safetensors, as save_pretrained writes them"
+        if isinstance(error, SafetensorError):
+            hint = "its weights are damaged or cut off, fetch them again"
+        elif model_source(profile)[1]:
+            hint = "check its name and model_revision, the network and HF_HUB_OFFLINE; weights must be safetensors"
+        raise ModelError(f"model {profile.model!r} cannot be loaded ({reason_of(error)}): {hint}") from error
 
 
 def load_from(loader, profile: Profile, **options):
-    """``loader.from_pretrained`` of a profile's model; every failure becomes one clear ``ModelError``."""
+    """``loader.from_pretrained`` of a profile's model, without any code that comes with it."""
     source, where = model_source(profile)
-    try:
-        return loader.from_pretrained(source, **where, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
-        raise ModelError(
-            f"model {profile.model!r} cannot be loaded ({reason}): check the path, or the network and HF_HUB_OFFLINE "
-            "for a model of the hub"
-        ) from error
+    with clear_errors(profile):
+        return loader.from_pretrained(source, **where, **options, trust_remote_code=False)
 
 
 def load_tokenizer(profile: Profile):
@@ -71,19 +96,25 @@ def load_tokenizer(profile: Profile):
     That is safe because texts are tokenised so that they never contain a special token.
     """
     tokenizer = load_from(AutoTokenizer, profile)
+    # Without a file of its own, some families' tokenizers come empty and without a complaint.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ModelError(f"model {profile.model!r} has no tokenizer: its folder needs a tokenizer.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"the tokenizer of model {profile.model!r} has no pad_token and no eos_token: it needs one")
     tokenizer.padding_side = "right"
     return tokenizer
 
 
 def check_model(profile: Profile) -> None:
-    """Raise ``ModelError`` now rather than in the middle of a run."""
+    """Raise ``ModelError`` now rather than in the middle of a run; the weights are read for that."""
     tokenizer = load_tokenizer(profile)
     config = base_config(profile, tokenizer)
-    if len(tokenizer) > config.vocab_size:
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if tokens > config.vocab_size:
         raise ModelError(
-            f"model {profile.model!r} has {config.vocab_size} embeddings, its tokenizer {len(tokenizer)} tokens: "
+            f"model {profile.model!r} has {config.vocab_size} embeddings, its tokenizer {tokens} tokens: "
             "they do not belong together"
         )
     positions = getattr(config, "max_position_embeddings", None)
@@ -94,14 +125,56 @@ def check_model(profile: Profile) -> None:
             f"student_layers is {profile.student_layers}: the teacher {profile.model!r} has "
             f"{config.num_hidden_layers} layers"
         )
+    create_model(profile)
 
 
 def base_config(profile: Profile, tokenizer):
     """The configuration of a profile's model as it comes; "tiny" is defined here."""
     if profile.model != "tiny":
-        return load_from(AutoConfig, profile)
+        config = load_from(AutoConfig, profile)
+        plain = config.get_text_config() is config  # others hold several models
+        if not plain or any(type(config) not in kinds for kinds in KINDS):
+            raise ModelError(f"model {profile.model!r} is of the type {config.model_type}: it takes {DECODERS}")
+        return config
     shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.1}
     return GPT2Config(vocab_size=len(tokenizer), activation_function="gelu_pytorch_tanh", **shape)
+
+
+def refuse_pickles(profile: Profile) -> None:
+    """Raise ``ModelError`` where weights are pickled: all of them, or shards that an index of safetensors names."""
+    source, where = model_source(profile)
+    pickled = set() if where else {path.name for path in Path(source).glob("pytorch_model*.bin")}
+    if not where and any(Path(source).glob("*.safetensors*")):
+        pickled = set()
+    with clear_errors(profile), contextlib.suppress(OSError):  # raised where there is no index
+        index = json.loads(Path(cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **where)).read_text(encoding="utf-8"))
+        pickled |= {name for name in index["weight_map"].values() if not name.endswith(".safetensors")}
+    if pickled:
+        raise ModelError(
+            f"model {profile.model!r} has its weights in {min(pickled)}, a pickle, which could run code and is never "
+            "read: save it as model.safetensors, as save_pretrained does"
+        )
+
+
+def load_weights(profile: Profile, config) -> PreTrainedModel:
+    """A profile's model with all of its weights, float32; only a head that they lack or have otherwise is random.
+
+    Raises ``ModelError`` where the weights are pickled, missing, damaged, or not those of the configuration.
+    """
+    refuse_pickles(profile)
+    config.transformers_weights = None  # would name another file than the ones looked at
+    options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = load_from(AutoModelForSequenceClassification, profile, config=config, dtype=torch.float32, **options)
+    absent = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    absent = sorted(name for name in absent if name.startswith(f"{model.base_model_prefix}."))
+    if absent:
+        raise ModelError(
+            f"the weights of model {profile.model!r} are not those of its config.json: {len(absent)} are missing or "
+            f"have another shape, the first is {absent[0]}"
+        )
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ModelError(f"the weights of model {profile.model!r} are not all finite numbers: fetch them again")
+    return model
 
 
 def source_fingerprint(profile: Profile) -> dict[str, str]:
@@ -138,11 +211,14 @@ def create_model(profile: Profile, seed: int = 0, pretrained: bool = True) -> Pr
     if profile.model == "tiny":
         model = GPT2ForSequenceClassification(config)
     elif pretrained:
-        model = load_from(AutoModelForSequenceClassification, profile, config=config, dtype=torch.float32)
+        model = load_weights(profile, config)
     else:
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    if not prunable_weights(model):
-        raise ModelError(f"{type(model).__name__} has no blocks named h or layers with matrices in them")
+    base = model.base_model
+    if not (hasattr(base, "h") or hasattr(base, "layers")) or not prunable_weights(model):
+        raise ModelError(
+            f"{type(model).__name__} has no blocks named h or layers with matrices in them: it takes {DECODERS}"
+        )
     return model.eval()
 
 
@@ -236,7 +312,8 @@ def structures(model: PreTrainedModel) -> list[Structures]:
 
 def load_dense(folder: Path) -> PreTrainedModel:
     """The dense model in a folder that ``save_dense`` wrote."""
-    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+    return AutoModelForSequenceClassification.from_pretrained(folder, **options)
 
 
 def save_dense(model: PreTrainedModel, folder: Path) -> None:

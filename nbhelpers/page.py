@@ -331,12 +331,11 @@ def selection_line(table: pd.DataFrame) -> str:
 def full_size_block() -> str:
     """What a run of every stage at the size of GPT-2 took, and what was measured against other tools, in words."""
     stages, training, selection = (benchmark_table(name) for name in ("full_size", "training", "selection"))
-    header, rows = ["notebook", "minutes", "memory, GB", "seconds a step"], []
+    header, rows = ["notebook", "memory, GB", "seconds a step"], []
     for row in stages.to_dict("records"):
         timed = not pd.isna(row["step_seconds"])
         step = f"{row['step_seconds']:.1f} ({row['model'].replace('_', ' ')})" if timed else ""
-        cost = [f"{row['minutes']:.1f}", gigabytes(row["peak_memory_bytes"])]
-        rows.append([row["notebook"].replace("_", " "), *cost, step])
+        rows.append([row["notebook"].replace("_", " "), gigabytes(row["peak_memory_bytes"]), step])
     about = f"On {stages['device'].iloc[0]}; memory is that of the notebook's kernel."
     lines = [*markdown_table(header, rows), "", about, ""]
     lines += [trainer_line(part) for _, part in training.groupby("shape", sort=False)]

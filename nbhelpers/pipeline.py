@@ -123,8 +123,18 @@ def command(options: argparse.Namespace, *more: str) -> str:
 # --- before the first kernel ---
 
 
+def check_writable(folder: Path) -> None:
+    """Raise ``PipelineError`` where a folder can neither be made nor be written into."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written into" if there.is_dir() else "is not a folder"
+        raise PipelineError(f"{there} {what}, and {folder} would be in it: set NBHELPERS_ROOT to another folder")
+
+
 def preflight(run: Run) -> None:
-    """Raise ``PipelineError`` when a profile's data or model cannot be used, before anything is written."""
+    """Raise ``PipelineError`` when a profile's data, model or workspace cannot be used, before anything is written."""
+    for folder in (run.artifacts, run.reports):
+        check_writable(folder)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from nbhelpers.data import DataError, check_data
     from nbhelpers.models import ModelError, check_model

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,7 @@ COUNTS += (
 SHARES = ("head_share", "warmup_share", "dropout", "alphas", "layer_decay", "prefix_share")
 SPARSITIES = ("sparsities", "recovery_sparsities", "main_sparsity", "structured_sparsities", "comparator_sparsities")
 POSITIVE = ("learning_rate", "recovery_learning_rates", "distill_learning_rate", "temperatures", "max_grad_norm")
+NAMES = ("model", "model_revision", "data", "data_revision")
 TYPES = {field.name: field.type for field in dataclasses.fields(Profile)}
 
 
@@ -112,9 +114,11 @@ def check(field: str, value) -> None:
     if isinstance(value, tuple) != (scalar is not kind) or not all(
         isinstance(item, scalar) and not isinstance(item, bool) for item in items
     ):
-        raise ProfileError(f"{field} is {value!r}: it takes {spell(kind)}")
+        raise ProfileError(f"{field} is {shown(value)}: it takes {spell(kind)}")
     if not items:
         raise ProfileError(f"{field} is empty: it takes at least one value")
+    if len(set(items)) < len(items):
+        raise ProfileError(f"{field} is {shown(value)}: it takes each value once")
     rules = [
         (COUNTS, lambda x: x >= 1, "a whole number of at least 1"),
         (("train_size",), lambda x: x >= 0, "a number of reviews, or 0 for all"),
@@ -124,10 +128,18 @@ def check(field: str, value) -> None:
         (POSITIVE, lambda x: x > 0 and math.isfinite(x), "a positive number"),
         (("weight_decay",), lambda x: x >= 0 and math.isfinite(x), "a number of at least 0"),
         (("precision",), lambda x: x in ("auto", "no", "bf16"), "auto, no or bf16"),
+        # Bytes of a command line that are not UTF-8 come as lone surrogates, which no report could hold.
+        (NAMES, lambda x: x.strip() and not re.search(r"[\x00-\x1f\ud800-\udfff]", x), "a name or path, in UTF-8"),
     ]
     for fields, holds, takes in rules:
         if field in fields and not all(map(holds, items)):
-            raise ProfileError(f"{field} is {value!r}: it takes {takes}")
+            raise ProfileError(f"{field} is {shown(value)}: it takes {takes}")
+
+
+def shown(value) -> str:
+    """A value as Python writes it, in one line that is not endless."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:80]}... ({len(text):,} characters)"
 
 
 def spell(kind) -> str:
@@ -154,18 +166,31 @@ def convert(field: str, text):
         scalar = float if kind == tuple[float, ...] else int
         return tuple(scalar(item) for item in text.split(",") if item.strip())
     except ValueError:
-        raise ProfileError(f"{field} is {text!r}: it takes {spell(kind)}") from None
+        raise ProfileError(f"{field} is {shown(text)}: it takes {spell(kind)}") from None
 
 
 def parse_overrides(text: str) -> dict[str, str]:
     """``"epochs=2 learning_rate=1e-3"`` as a dict; values with spaces are quoted as in a shell."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ProfileError(f"overrides are {shown(text)} ({error}): write field=value, or 'field=a value'") from None
     pairs = {}
-    for word in shlex.split(text):
+    for word in words:
         field, equals, value = word.partition("=")
         if not equals or not field:
-            raise ProfileError(f"{word!r} is not an override: write field=value")
+            raise ProfileError(f"{shown(word)} is not an override: write field=value")
         pairs[field] = value
     return pairs
+
+
+def local_path(text: str) -> Path | None:
+    """The file or folder that a text names, ~ being a home folder; None where there is none."""
+    try:
+        path = Path(text).expanduser()
+        return path if text and path.exists() else None
+    except (OSError, RuntimeError):  # too long for a name, or the home folder of somebody unknown
+        return None
 
 
 def overrides_of(pairs: list[str]) -> dict[str, str]:
@@ -174,11 +199,11 @@ def overrides_of(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         field, equals, value = pair.partition("=")
         if not equals or not field:
-            raise ProfileError(f"{pair!r} is not an override: write --set field=value")
+            raise ProfileError(f"{shown(pair)} is not an override: write --set field=value")
         # A name that stands for something built in is not a path, even where a folder is called so.
         if field in ("data", "model") and value not in ("mini", "tiny", "movie-reviews"):
-            path = Path(value).expanduser()
-            value = str(path.resolve()) if value and path.exists() else value
+            path = local_path(value)
+            value = str(path.resolve()) if path else value
         found[field] = value
     return found
 
@@ -190,13 +215,13 @@ def get_profile(name: str, /, **overrides) -> Profile:
     of the wrong type, or one that cannot be.
     """
     if name not in PROFILES:
-        raise ProfileError(f"no profile {name!r}: choose one of {', '.join(PROFILES)}")
+        raise ProfileError(f"no profile {shown(name)}: choose one of {', '.join(PROFILES)}")
     values = {}
     for field, value in overrides.items():
         if field not in TYPES or field == "name":
             close = difflib.get_close_matches(field, list(TYPES)[1:], n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(list(TYPES)[1:])}"
-            raise ProfileError(f"no field {field!r} in a profile: {hint}")
+            raise ProfileError(f"no field {shown(field)} in a profile: {hint}")
         values[field] = convert(field, value)
     return dataclasses.replace(PROFILES[name], **values)
 
