@@ -297,7 +297,7 @@ def forget_metrics(run: Run, stage: Stage) -> None:
         section, name = metric.split(".", 1)
         results.get(section, {}).pop(name, None)
     if results:
-        write_text(run.reports / "results.json", json.dumps(results, indent=2) + "\n")
+        run.write_results(results)
 
 
 def count_written(run: Run, since: float) -> str:

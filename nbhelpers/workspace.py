@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -48,6 +49,8 @@ COMPUTING = ("data", "models", "training", "checkpoints", "processes", "statisti
 BUILT_HERE: set[Path] = set()
 # What is being built: the folder written into -> where its trainings keep checkpoints, and the key of the artefact.
 BUILDING: dict[Path, tuple[Path, str]] = {}
+# Names of metrics that hang on how fast a machine is at a moment: the nearest rival is chosen by its speed.
+TIMED = re.compile(r"minutes|seconds|speedup|latency|limits|_rival$")
 TENSORS = "tensors.safetensors"  # the file of an artefact's tensors that are not a model's weights
 
 
@@ -330,9 +333,17 @@ class Run:
     # --- reports ---
 
     def results(self) -> dict:
-        """All metrics recorded so far: {section: {metric: value}}."""
+        """All metrics recorded so far: {section: {metric: value}}, those that were timed among them."""
         path = self.reports / "results.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return together(results, results.pop("timings", {}))
+
+    def write_results(self, results: dict) -> None:
+        """Write ``results.json``: what was timed in a section of its own, so that all else is the same each time."""
+        steady, timed = apart({name: section for name, section in results.items() if name != "run"})
+        steady |= {"run": results["run"]} if "run" in results else {}
+        plain = json.dumps(steady | ({"timings": timed} if timed else {}), indent=2, default=plain_value)
+        write_text(self.reports / "results.json", plain + "\n")
 
     def record(self, section: str, **metrics) -> None:
         """Set metrics of a section in ``results.json``; every number must be finite."""
@@ -343,8 +354,7 @@ class Run:
         results.setdefault(section, {}).update(metrics)
         results["run"] = {"profile": asdict(self.profile), "seed": self.seed, "versions": versions()}
         results["run"]["revision"] = revision()
-        plain = json.dumps(results, indent=2, default=lambda x: x.item() if hasattr(x, "item") else list(x))
-        write_text(self.reports / "results.json", plain + "\n")
+        self.write_results(results)
 
     def skip(self, reason: str, *names: str) -> None:
         """Say and put on record why promised figures, tables or metrics ("section.metric") do not apply to this run."""
@@ -370,6 +380,34 @@ class Run:
         partial = path.with_name(path.name + ".partial")
         figure.savefig(partial, format="png")
         partial.replace(path)
+
+
+def plain_value(value):
+    """A number of numpy's or torch's as Python's, anything else as a list, for JSON."""
+    return value.item() if hasattr(value, "item") else list(value)
+
+
+def apart(metrics: dict) -> tuple[dict, dict]:
+    """Metrics without those that say how long something took, or were chosen by that; and those alone."""
+    steady, timed = {}, {}
+    for name, value in metrics.items():
+        if TIMED.search(name):
+            timed[name] = value
+        elif isinstance(value, dict):
+            steady[name], times = apart(value)
+            timed |= {name: times} if times else {}
+        else:
+            steady[name] = value
+    return steady, timed
+
+
+def together(steady: dict, timed: dict) -> dict:
+    """What ``apart`` took apart."""
+    both = dict(steady)
+    for name, value in timed.items():
+        nested = isinstance(value, dict) and isinstance(both.get(name), dict)
+        both[name] = together(both[name], value) if nested else value
+    return both
 
 
 def save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:

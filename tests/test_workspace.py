@@ -168,6 +168,22 @@ def test_metrics_add_up_and_stand_beside_versions_and_seed(run):
     assert results == run.results()
 
 
+def test_what_was_timed_is_kept_apart_and_read_as_one(run):
+    row = {"model": "sparse", "accuracy": 0.5, "speedup": 2.25, "latency_ms": 31.5}
+    run.record("sparse", best_model_speedup=3.5, file_ratio=0.5, structured=row, unstructured_rival=row)
+    run.record("fine_tuning", minutes=1.5)
+    written = json.loads((run.reports / "results.json").read_text())
+    assert written["sparse"] == {"file_ratio": 0.5, "structured": {"model": "sparse", "accuracy": 0.5}}
+    timed = {"best_model_speedup": 3.5, "structured": {"speedup": 2.25, "latency_ms": 31.5}, "unstructured_rival": row}
+    assert written["timings"] == {"sparse": timed, "fine_tuning": {"minutes": 1.5}}
+    results = run.results()
+    assert "timings" not in results and results["fine_tuning"] == {"minutes": 1.5}
+    both = {"best_model_speedup": 3.5, "file_ratio": 0.5, "structured": row, "unstructured_rival": row}
+    assert results["sparse"] == both
+    run.record("sparse", file_ratio=0.25)
+    assert run.results()["sparse"] == both | {"file_ratio": 0.25}
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan")])
 def test_a_metric_that_is_no_number_is_refused_and_nothing_changes(run, value):
     run.record("fine_tuning", accuracy=0.5)
