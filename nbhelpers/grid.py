@@ -58,6 +58,10 @@ NOTEBOOK = {"finetune": "01", "score": "02", "distill": "05", "structured": "04"
 NOTEBOOK |= dict.fromkeys(("control", "prune", "recover", "otherwise"), "03")
 
 
+# What ends a command with its message alone: each says what was wrong and what would be right.
+CLEAR_ERRORS = (ProfileError, DataError, ModelError, WorkspaceError, OSError, FloatingPointError, MemoryError)
+
+
 class GridError(RuntimeError):
     """A cell that failed, or a process that died; the message names the cell."""
 
@@ -288,7 +292,7 @@ def main_of_training() -> None:
         table = STAGES[options.stage](run)
         if main:
             print(table.round(4).to_string(index=False))
-    except (ProfileError, DataError, ModelError, WorkspaceError, ProcessError) as error:
+    except (*CLEAR_ERRORS, ProcessError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -316,7 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{options.cell} {run_cell(run, options.cell):.1f} s")
         else:
             run_grid(run, options.jobs)
-    except (ProfileError, DataError, ModelError, WorkspaceError, GridError) as error:
+    except (*CLEAR_ERRORS, GridError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("error: interrupted; what is done is kept, the same command goes on", file=sys.stderr)

@@ -80,7 +80,7 @@ def clear_errors(profile: Profile) -> Iterator[None]:
             hint = "its weights are damaged or cut off, fetch them again"
         elif model_source(profile)[1]:
             hint = "check its name and model_revision, the network and HF_HUB_OFFLINE; weights must be safetensors"
-        raise ModelError(f"model {profile.model!r} cannot be loaded ({reason_of(error)}): {hint}") from error
+        raise ModelError(f"model {shown(profile.model)} cannot be loaded ({reason_of(error)}): {hint}") from error
 
 
 def load_from(loader, profile: Profile, **options):

@@ -269,7 +269,7 @@ def make_tokenizer(texts: list[str], args) -> GPT2TokenizerFast:
 def make_model(tokenizer, args) -> tuple[GPT2LMHeadModel, int]:
     """A random model, or the published one in ``args.start_from``, float32; and how many tokens it has seen."""
     if args.start_from:
-        model = GPT2LMHeadModel.from_pretrained(args.start_from, dtype=torch.float32)
+        model = GPT2LMHeadModel.from_pretrained(args.start_from, dtype=torch.float32, use_safetensors=True)
         return model, read_facts(args.start_from)["tokens_seen"]
     config = GPT2Config(
         vocab_size=len(tokenizer),

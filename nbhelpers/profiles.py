@@ -139,7 +139,7 @@ def check(field: str, value) -> None:
 def shown(value) -> str:
     """A value as Python writes it, in one line that is not endless."""
     text = repr(value)
-    return text if len(text) <= 200 else f"{text[:80]}... ({len(text):,} characters)"
+    return text if len(text) <= 300 else f"{text[:80]}... ({len(text):,} characters)"
 
 
 def spell(kind) -> str:

@@ -432,6 +432,6 @@ def maker_of(name: str) -> str:
 
 def open_run(profile: Profile, seed: int = 0) -> Run:
     """The run of a profile and a seed; nothing is written until something is saved in it."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise WorkspaceError(f"seed is {seed!r}: it takes a whole number of at least 0")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
+        raise WorkspaceError(f"seed is {seed!r}: it takes a whole number of at least 0 and below {2**31:,}")
     return Run(profile, seed)

@@ -267,3 +267,10 @@ def test_an_end_in_the_middle_leaves_no_process_and_a_usable_workspace(workspace
             one.folder(name)  # checks the sums
     experiments.finetune_model(open_small())
     assert not list((workspace / ".artifacts" / "smoke" / "seed-0").glob("*.partial"))
+
+
+def test_a_workspace_that_cannot_be_written_ends_a_cell_with_a_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("NBHELPERS_ROOT", str(tmp_path / "file"))
+    with pytest.raises(SystemExit, match=r"error: \[Errno 20\] Not a directory"):
+        grid.main(["--profile", "smoke", "--cell", "finetune-0"])

@@ -395,6 +395,7 @@ def test_a_dead_kernel_is_reported(call):
         (["--set", "name=quick"], "no field 'name'"),
         (["--set", "epochs"], "'epochs' is not an override"),
         (["--seed", "-1"], "seed is -1"),
+        (["--seed", str(2**31)], "seed is 2147483648: it takes a whole number of at least 0 and below"),
         (["--seed", "x"], "--seed"),
         (["--only", "09"], "no notebook '09': there are 01, 02"),
         (["--from", "nine"], "no notebook 'nine'"),
