@@ -84,8 +84,9 @@ def kth_smallest_bits(scores: list[torch.Tensor], k: int) -> tuple[int, int]:
 def threshold(scores: Tensors, share: float) -> float:
     """The score under or at which this share of all weights lies: of N weights, the round(share * N)-th lowest.
 
-    Raises ``ValueError`` where that is none of the weights.
+    Raises ``ValueError`` where that is none of the weights, or a score is not a number.
     """
+    check_numbers(scores)
     scores = same_type(scores)
     k = round(share * sum(score.numel() for score in scores.values()))
     if k < 1:
@@ -95,6 +96,13 @@ def threshold(scores: Tensors, share: float) -> float:
     sign = 1 << (width - 1)
     bits = ordered ^ sign if ordered & sign else ~ordered & (2 * sign - 1)
     return float(np.array(bits, f"uint{width}").view(f"float{width}"))
+
+
+def check_numbers(scores: Tensors) -> None:
+    """Raise ``ValueError`` where a score is not a number."""
+    for name, score in scores.items():
+        if torch.isnan(score).any():
+            raise ValueError(f"the scores of {name} are not all numbers")
 
 
 def same_type(scores: Tensors) -> Tensors:
@@ -127,9 +135,7 @@ def select(scores: Tensors, sparsity: float, scope: str = "global") -> Tensors:
     """
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity is {sparsity}: it takes a number from 0 to 1")
-    for name, score in scores.items():
-        if torch.isnan(score).any():
-            raise ValueError(f"the scores of {name} are not all numbers")
+    check_numbers(scores)
     if scope == "global":
         return select_lowest(scores, round(sparsity * sum(score.numel() for score in scores.values())))
     if scope == "layer":

@@ -102,7 +102,7 @@ class SparseLinear(Float32Inference):
         self.refuse_training(x)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the last dimension of {list(x.shape)} is not the layer's {self.in_features} features")
-        rows = x.reshape(-1, self.in_features).to(torch.float32)
+        rows = x.reshape(x.shape[:-1].numel(), self.in_features).to(torch.float32)
         if self.backend == "dense":
             y = kernels.dense(rows, self.weight, self.bias)
         else:
