@@ -41,9 +41,9 @@ sparsities = st.one_of(st.floats(0, 1), st.integers(0, 40).map(lambda i: i / 40)
 seeds = st.integers(0, 2**32 - 1)
 
 
-def examples(count: int, smallest: bool = True):
+def examples(count: int):
     """So many examples, the same ones each time, however slow the machine is; of a failure, the smallest example."""
-    phases = [Phase.explicit, Phase.generate, *([Phase.shrink] if smallest else [])]
+    phases = (Phase.explicit, Phase.generate, Phase.shrink)
     return settings(max_examples=count, phases=phases, deadline=None, derandomize=True, database=None)
 
 
