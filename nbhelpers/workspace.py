@@ -270,11 +270,17 @@ class Run:
         """
         path = self.artifacts / name / "artifact.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except ValueError:
-            raise WorkspaceError(f"{path} is damaged: run notebook {maker_of(name)} again with --force") from None
+            raise WorkspaceError(f"{path} is damaged: {rebuild(self, name)}") from None
+        found = (record.get("name"), record.get("profile", {}).get("name"), record.get("seed"))
+        if found != (name, self.profile.name, self.seed):
+            raise WorkspaceError(
+                f"{path} is that of {found[0]}, profile {found[1]}, seed {found[2]}: {rebuild(self, name)}"
+            )
+        return record
 
     def artifact(self, name: str) -> dict:
         """What ``artifact.json`` says of an artefact. Raises ``WorkspaceError`` when it is missing or unreadable."""
@@ -290,10 +296,9 @@ class Run:
         """The folder of a finished artefact after its checksums were found right."""
         record, folder = self.artifact(name), self.artifacts / name
         for file, expected in record["files"].items():
-            if not (folder / file).is_file() or sha256(folder / file) != expected:
-                raise WorkspaceError(
-                    f"{folder / file} is missing or damaged: run notebook {maker_of(name)} again with --force"
-                )
+            inside = (folder / file).resolve().is_relative_to(folder.resolve())
+            if not inside or not (folder / file).is_file() or sha256(folder / file) != expected:
+                raise WorkspaceError(f"{folder / file} is missing or damaged: {rebuild(self, name)}")
         return folder
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
@@ -413,6 +418,12 @@ def together(steady: dict, timed: dict) -> dict:
 def save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write the file that ``Run.load_tensors`` reads."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TENSORS)
+
+
+def rebuild(run: Run, name: str) -> str:
+    """How to make an artefact anew, in words."""
+    options = f"--profile {run.profile.name}" + (f" --seed {run.seed}" if run.seed else "")
+    return f"run notebook {maker_of(name)} again (./run_all.sh {options} --only {maker_of(name)} --force)"
 
 
 def maker_of(name: str) -> str:

@@ -134,6 +134,27 @@ def test_a_damaged_record_is_named(run):
         run.load_tensors("fine_tuned")
 
 
+@pytest.mark.parametrize("other", ["scores_gradient of seed 3", "scores_magnitude of seed 4"])
+def test_an_artefact_in_the_place_of_another_is_named(run, other):
+    name, seed = other.split(" of seed ")
+    source = open_run(run.profile, int(seed)).cached(name, {}, build_counted([]))
+    run.artifacts.mkdir(parents=True, exist_ok=True)
+    source.rename(run.artifacts / "scores_magnitude")
+    with pytest.raises(WorkspaceError, match=rf"is that of {name}, profile smoke, seed {seed}: run notebook 02 again"):
+        run.load_tensors("scores_magnitude")
+
+
+def test_a_record_cannot_point_out_of_its_artefact(run, workspace):
+    folder = run.cached("scores_magnitude", {}, build_counted([]))
+    secret = workspace / "secret.txt"
+    secret.write_text("x")
+    record = json.loads((folder / "artifact.json").read_text())
+    record["files"]["../../../../secret.txt"] = hashlib.sha256(b"x").hexdigest()
+    (folder / "artifact.json").write_text(json.dumps(record))
+    with pytest.raises(WorkspaceError, match=r"secret\.txt is missing or damaged"):
+        run.folder("scores_magnitude")
+
+
 def test_what_is_no_model_is_not_loaded_as_one(run):
     run.cached("scores_magnitude", {}, build_counted([]))
     assert run.models() == []
