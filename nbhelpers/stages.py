@@ -244,6 +244,8 @@ def broken_promises(run: Run, stage: Stage, since: float = 0.0) -> list[str]:
             found.append(f"{path.parent.name}/{path.name} is missing")
         elif path.stat().st_mtime < since:
             found.append(f"{path.parent.name}/{path.name} was not written by this run")
+        elif path.suffix == ".csv" and not run.is_as_written(path.stem):
+            found.append(f"{path.parent.name}/{path.name} is damaged or was changed")
         elif path.suffix == ".csv":
             found += table_faults(path, stage.gaps)
         elif not is_whole_png(path):

@@ -368,14 +368,31 @@ class Run:
 
     def save_table(self, name: str, table: pd.DataFrame) -> pd.DataFrame:
         """Write ``tables/<name>.csv`` (without the index) and hand the table back, to be shown."""
-        write_text(self.reports / "tables" / f"{name}.csv", table.to_csv(index=False))
+        path = self.reports / "tables" / f"{name}.csv"
+        write_text(path, table.to_csv(index=False))
+        write_text(
+            self.reports / ".checksums.json", json.dumps(self.checksums() | {name: sha256(path)}, indent=1) + "\n"
+        )
         return table
+
+    def checksums(self) -> dict[str, str]:
+        """The checksums of all tables as they were written, by name."""
+        path = self.reports / ".checksums.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def is_as_written(self, table: str) -> bool:
+        """Whether a table is what ``save_table`` wrote; one that was written otherwise is taken as it is."""
+        path = self.reports / "tables" / f"{table}.csv"
+        return self.checksums().get(table, "") in ("", sha256(path))
 
     def load_table(self, name: str) -> pd.DataFrame:
         """A table that an earlier notebook wrote."""
         path = self.reports / "tables" / f"{name}.csv"
         if not path.exists():
             raise WorkspaceError(f"table {path} is missing: run the notebook that writes it (see ./run_all.sh --list)")
+        if not self.is_as_written(name):
+            reason = f"table {path} is damaged or was changed"
+            raise WorkspaceError(f"{reason}: run the notebook that writes it again (see ./run_all.sh --list)")
         return pd.read_csv(path)
 
     def save_figure(self, name: str, figure) -> None:

@@ -222,6 +222,19 @@ def test_tables_come_back_and_a_missing_one_is_named(run):
         run.load_table("curves")
 
 
+@pytest.mark.parametrize("damage", [lambda text: text[:-3], lambda text: text.replace("0.5", "0.6"), lambda text: ""])
+def test_a_table_that_is_not_what_was_written_is_named(run, damage):
+    run.save_table("other", pd.DataFrame({"b": [1]}))
+    run.save_table("curves", pd.DataFrame({"a": [0.5, 0.25]}))
+    path = run.reports / "tables" / "curves.csv"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(WorkspaceError, match=r"curves\.csv is damaged or was changed: run the notebook that writes it"):
+        run.load_table("curves")
+    assert len(run.load_table("other")) == 1
+    run.save_table("curves", pd.DataFrame({"a": [0.75]}))
+    assert run.load_table("curves")["a"].tolist() == [0.75]
+
+
 def test_figures_are_written_whole(run):
     run.save_figure("01_x", matplotlib.figure.Figure(figsize=(2, 2)))
     content = (run.reports / "figures" / "01_x.png").read_bytes()
