@@ -153,7 +153,9 @@ def test_sparsegpt_takes_a_matrix_that_is_stored_the_other_way_round_as_it_is(mo
     model = LlamaForSequenceClassification(LlamaConfig(**sizes, vocab_size=20, pad_token_id=0, num_labels=2)).eval()
     rows = [torch.randint(1, 20, (6,)).tolist() for _ in range(5)], [0, 1, 0, 1, 0]
     monkeypatch.setattr(pruning, "calibration_rows", lambda run, count: rows)
-    run = SimpleNamespace(profile=get_profile("smoke"), load_model=lambda name: copy.deepcopy(model))
+    run = SimpleNamespace(
+        profile=get_profile("smoke"), load_model=lambda _: copy.deepcopy(model), artifact=lambda _: {"kind": "dense"}
+    )
     hessians = calibrate(model, *rows, hessians=True)["hessian"]
     pruned = list(pruning.sparsegpt_models(run))[1]
     for name, weight in prunable_weights(pruned).items():
