@@ -15,7 +15,7 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from transformers import (
 from nbhelpers.criteria import merge_scores
 from nbhelpers.data import IMDbDataset, load_reviews
 from nbhelpers.masks import apply_masks, select
-from nbhelpers.measurement import PeakMemory, by_model, compare_latency, compare_speed, own_memory, speedups
+from nbhelpers.measurement import by_model, compare_latency, compare_speed, peak_memory, speedups
 from nbhelpers.models import load_tokenizer, predict_logits, prunable_weights
 from nbhelpers.profiles import get_profile
 from nbhelpers.sparse import convert_gpt2_to_sparse, kernels
@@ -222,18 +222,25 @@ def compare_models(shape: str, sparsity: float, reviews: int, length: int, repea
 # --- selection ---
 
 
-def with_peak_memory(function: Callable[[], object]) -> tuple[float, float, object]:
-    """Seconds of a call, the bytes by which the process's resident memory rose at most meanwhile, and its result."""
-    with PeakMemory(own_memory, 0.002) as memory:
-        started = time.perf_counter()
-        result = function()
-        seconds = time.perf_counter() - started
-    return seconds, memory.peak - memory.before, result
+class Magnitudes(Mapping):
+    """|w| of every block weight, computed when it is asked for: what magnitude pruning scores by."""
+
+    def __init__(self, model: nn.Module):
+        self.weights = prunable_weights(model)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.weights[name].detach().abs()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
 
 def select_by_magnitude(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor]:
-    """|w| of every block weight, and the masks of the largest."""
-    return select({name: weight.detach().abs() for name, weight in prunable_weights(model).items()}, sparsity)
+    """The masks of the largest |w|."""
+    return select(Magnitudes(model), sparsity)
 
 
 def select_by_torch(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor]:
@@ -253,21 +260,31 @@ def select_by_merge(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor
 
 
 def compare_selection(shape: str, sparsity: float, repeats: int) -> pd.DataFrame:
-    """Our selection and PyTorch's in turns on one random model: seconds, extra bytes, ratio, and how many weights go.
+    """Our selection and PyTorch's in turns on one random model: a row each, and one for a merge of three criteria.
 
-    "merge" is our selection by three criteria, whose scores (4 bytes a weight each) count as extra memory. Each starts
-    from a model of its own, so that what PyTorch keeps beside the weights counts as its extra memory.
+    Columns: engine, seconds (median), extra_bytes (the most bytes of tensors at one time beyond the model's, masks and
+    scores included), dropped (weights that go), shape, weights, times_ours.
     """
-    model, rows = random_gpt2(shape, 0.0), []
+    model, times, rows = random_gpt2(shape, 0.0), {}, []
+    engines = {"ours": select_by_magnitude, "torch": select_by_torch, "merge": select_by_merge}
     total = sum(weight.numel() for weight in prunable_weights(model).values())
+    select_by_magnitude(model, sparsity)  # compiles
     for _ in range(repeats):
-        for engine, function in (("ours", select_by_magnitude), ("torch", select_by_torch), ("merge", select_by_merge)):
-            fresh = copy.deepcopy(model)
-            seconds, extra, masks = with_peak_memory(partial(function, fresh, sparsity))
-            dropped = total - sum(int(mask.sum()) for mask in masks.values())
-            rows.append({"engine": engine, "seconds": seconds, "extra_bytes": extra, "dropped": dropped})
-            del fresh, masks
-    table = pd.DataFrame(rows).groupby("engine", sort=False).median().reset_index()
+        for engine in ("ours", "torch"):
+            fresh, started = copy.deepcopy(model), time.perf_counter()
+            engines[engine](fresh, sparsity)
+            times.setdefault(engine, []).append(time.perf_counter() - started)
+            del fresh
+    started = time.perf_counter()
+    select_by_merge(model, sparsity)
+    times["merge"] = [time.perf_counter() - started]
+    for engine, function in engines.items():
+        extra = peak_memory(partial(function, copy.deepcopy(model), sparsity))
+        masks = function(copy.deepcopy(model), sparsity)
+        dropped = total - sum(int(mask.sum()) for mask in masks.values())
+        rows.append({"engine": engine, "seconds": np.median(times[engine]), "extra_bytes": extra, "dropped": dropped})
+        del masks
+    table = pd.DataFrame(rows)
     return table.assign(shape=shape, weights=total, times_ours=table["seconds"] / table["seconds"].iloc[0])
 
 

@@ -1,7 +1,7 @@
 """Scores -> masks -> a model that stays pruned. A mask is True where a weight is kept."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -63,16 +63,16 @@ def keep_above(bits, width, threshold, ties, kept):
     return ties
 
 
-def kth_smallest_bits(scores: list[torch.Tensor], k: int) -> tuple[int, int]:
+def kth_smallest_bits(scores: Mapping[str, torch.Tensor], k: int) -> tuple[int, int]:
     """The k-th smallest score (k from 1) as an ordered integer, and how many of its equals are among the k smallest.
 
     Histograms of 16 bits at a time, from the top, of the scores that share the bits found so far; tensor by tensor:
     nothing is sorted, copied or concatenated, and the extra memory is one histogram, half a megabyte.
     """
-    before, prefix, width = 0, 0, raw_bits(scores[0])[1]
+    before, prefix, width = 0, 0, raw_bits(next(iter(scores.values())))[1]
     for shift in range(width - 16, -1, -16):
         counts = np.zeros(1 << 16, dtype=np.int64)
-        for score in scores:
+        for score in scores.values():
             count_digits(raw_bits(score)[0], width, shift, np.uint64(prefix), counts)
         cumulative = before + counts.cumsum()
         found = int(np.searchsorted(cumulative, k))
@@ -81,7 +81,7 @@ def kth_smallest_bits(scores: list[torch.Tensor], k: int) -> tuple[int, int]:
     return prefix, k - before
 
 
-def threshold(scores: Tensors, share: float) -> float:
+def threshold(scores: Mapping[str, torch.Tensor], share: float) -> float:
     """The score under or at which this share of all weights lies: of N weights, the round(share * N)-th lowest.
 
     Raises ``ValueError`` where that is none of the weights, or a score is not a number.
@@ -91,33 +91,33 @@ def threshold(scores: Tensors, share: float) -> float:
     k = round(share * sum(score.numel() for score in scores.values()))
     if k < 1:
         raise ValueError(f"a share of {share} is none of the weights: there is no score to go by")
-    ordered, _ = kth_smallest_bits(list(scores.values()), k)
+    ordered, _ = kth_smallest_bits(scores, k)
     width = raw_bits(next(iter(scores.values())))[1]
     sign = 1 << (width - 1)
     bits = ordered ^ sign if ordered & sign else ~ordered & (2 * sign - 1)
     return float(np.array(bits, f"uint{width}").view(f"float{width}"))
 
 
-def check_numbers(scores: Tensors) -> None:
+def check_numbers(scores: Mapping[str, torch.Tensor]) -> None:
     """Raise ``ValueError`` where a score is not a number."""
     for name, score in scores.items():
         if torch.isnan(score).any():
             raise ValueError(f"the scores of {name} are not all numbers")
 
 
-def same_type(scores: Tensors) -> Tensors:
+def same_type(scores: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """The scores, all as float64 where they are of several types."""
     if len({score.dtype for score in scores.values()}) > 1:
         return {name: score.double() for name, score in scores.items()}
     return scores
 
 
-def select_lowest(scores: Tensors, k: int) -> Tensors:
+def select_lowest(scores: Mapping[str, torch.Tensor], k: int) -> Tensors:
     """Masks that drop exactly the k weights with the lowest scores, the first ones among equals."""
     if k == 0:
         return {name: torch.ones(score.shape, dtype=torch.bool) for name, score in scores.items()}
     scores = same_type(scores)
-    limit, ties = kth_smallest_bits(list(scores.values()), k)
+    limit, ties = kth_smallest_bits(scores, k)
     masks = {}
     for name, score in scores.items():
         masks[name] = torch.empty(score.shape, dtype=torch.bool)
@@ -126,12 +126,13 @@ def select_lowest(scores: Tensors, k: int) -> Tensors:
     return masks
 
 
-def select(scores: Tensors, sparsity: float, scope: str = "global") -> Tensors:
+def select(scores: Mapping[str, torch.Tensor], sparsity: float, scope: str = "global") -> Tensors:
     """Masks that drop the lowest scores: {parameter name: bool tensor, True = kept}.
 
     Exactly round(sparsity * N) are False: of all weights together (scope "global"), or of each matrix (scope
-    "layer"). Equal scores fall in the order of the parameters. Raises ``ValueError`` for a sparsity outside [0, 1],
-    another scope, or a score that is not a number.
+    "layer"). Equal scores fall in the order of the parameters. The scores may be a mapping that computes each tensor
+    when it is asked for: then no two of them need be in memory at once. Raises ``ValueError`` for a sparsity outside
+    [0, 1], another scope, or a score that is not a number.
     """
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity is {sparsity}: it takes a number from 0 to 1")

@@ -1,5 +1,8 @@
 """What measurement counts; never how fast this machine is."""
 
+import time
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -79,3 +82,11 @@ def test_models_are_measured_on_the_same_batches():
         assert peak == measurement.tensor_bytes(models[name]) + activations
     with pytest.raises(ValueError, match="no batches"):
         measurement.measure_inference_efficiency(models, [], repeats=1)
+
+
+def test_the_peak_of_a_process_is_seen_also_when_its_memory_was_freed_again():
+    with measurement.PeakMemory(measurement.own_memory, 0.002) as memory:
+        block = np.ones(12_500_000)  # 100 MB
+        time.sleep(0.05)
+        del block
+    assert 90e6 < memory.peak - memory.before < 200e6
