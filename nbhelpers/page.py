@@ -304,13 +304,14 @@ def gigabytes(value: float) -> str:
 def trainer_line(part: pd.DataFrame) -> str:
     """What was measured of training and prediction of one shape, against ``transformers.Trainer``."""
     about, said = part.iloc[0], []
+    step = about["seconds"] * about["batch_size"] / about["reviews"]
     for row in part[part["name"] != "ours"].to_dict("records"):
         task = {"train": "training", "predict": "prediction"}[row["task"]]
         range_ = f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
         said.append(f"{task} takes `{row['name']}` {row['speedup']:.2f} times as long ({range_})")
     return (
         f"- `{about['shape']}`, {about['reviews']} reviews of at most {about['length']} tokens, batches of "
-        f"{about['batch_size']}, {about['precision']}: {'; '.join(said)}."
+        f"{about['batch_size']}, {about['precision']}: {step:.2g} s a step; {'; '.join(said)}."
     )
 
 
@@ -331,13 +332,11 @@ def selection_line(table: pd.DataFrame) -> str:
 def full_size_block() -> str:
     """What a run of every stage at the size of GPT-2 took, and what was measured against other tools, in words."""
     stages, training, selection = (benchmark_table(name) for name in ("full_size", "training", "selection"))
-    header, rows = ["notebook", "memory, GB", "seconds a step"], []
-    for row in stages.to_dict("records"):
-        timed = not pd.isna(row["step_seconds"])
-        step = f"{row['step_seconds']:.1f} ({row['model'].replace('_', ' ')})" if timed else ""
-        rows.append([row["notebook"].replace("_", " "), gigabytes(row["peak_memory_bytes"]), step])
+    rows = [
+        [row["notebook"].replace("_", " "), gigabytes(row["peak_memory_bytes"])] for row in stages.to_dict("records")
+    ]
     about = f"On {stages['device'].iloc[0]}; memory is that of the notebook's kernel."
-    lines = [*markdown_table(header, rows), "", about, ""]
+    lines = [*markdown_table(["notebook", "memory, GB"], rows), "", about, ""]
     lines += [trainer_line(part) for _, part in training.groupby("shape", sort=False)]
     return "\n".join([*lines, selection_line(selection)])
 
