@@ -336,6 +336,8 @@ def full_size_block() -> str:
         [row["notebook"].replace("_", " "), gigabytes(row["peak_memory_bytes"])] for row in stages.to_dict("records")
     ]
     about = f"On {stages['device'].iloc[0]}; memory is that of the notebook's kernel."
+    missing = [stage.name.replace("_", " ") for stage in in_order(STAGES) if stage.name not in set(stages["notebook"])]
+    about += f" Not measured: {', '.join(missing)}." if missing else ""
     lines = [*markdown_table(["notebook", "memory, GB"], rows), "", about, ""]
     lines += [trainer_line(part) for _, part in training.groupby("shape", sort=False)]
     return "\n".join([*lines, selection_line(selection)])

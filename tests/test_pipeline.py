@@ -637,6 +637,7 @@ def test_what_was_measured_at_full_size_stands_in_the_readme(workspace, tmp_path
     page.write_measured(path)
     text = path.read_text()
     assert text.startswith("Before\n") and text.endswith("\nAfter\n") and "stale" not in text
+    assert "Not measured: 03 prune and recover, 04 sparse conversion, 05 distillation, 06 comparison." in text
     assert "| 01 fine tune | 5.2 |\n| 02 criteria scoring | 4.0 |" in text
     assert "bf16: 0.61 s a step; training takes `trainer` 2.19 times as long (2.10 to 2.30)." in text
     assert "84,934,656 weights" in text and "13.1 s and 4.3 GB, 43 times as long" in text
