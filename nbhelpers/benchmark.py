@@ -39,7 +39,7 @@ from nbhelpers.criteria import merge_scores
 from nbhelpers.data import IMDbDataset, load_reviews
 from nbhelpers.masks import apply_masks, select
 from nbhelpers.measurement import by_model, compare_latency, compare_speed, peak_memory, speedups
-from nbhelpers.models import load_tokenizer, predict_logits, prunable_weights
+from nbhelpers.models import load_tokenizer, predict_logits, prunable_layers, prunable_weights
 from nbhelpers.profiles import get_profile
 from nbhelpers.sparse import convert_gpt2_to_sparse, kernels
 from nbhelpers.sparse.layers import random_matrix, to_weight
@@ -245,10 +245,10 @@ def select_by_magnitude(model: nn.Module, sparsity: float) -> dict[str, torch.Te
 
 def select_by_torch(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor]:
     """The same with ``torch.nn.utils.prune``, on a model that is handed back as it was."""
-    modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in prunable_weights(model)}
-    pairs = [(module, "weight") for module in modules.values()]
+    layers = prunable_layers(model)
+    pairs = [(layer, "weight") for layer in layers.values()]
     prune.global_unstructured(pairs, pruning_method=prune.L1Unstructured, amount=sparsity)
-    return {name: module.weight_mask for name, module in modules.items()}
+    return {f"{name}.weight": layer.weight_mask for name, layer in layers.items()}
 
 
 def select_by_merge(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor]:
@@ -346,7 +346,7 @@ def compare_training(shape: str, batch_size: int, length: int, steps: int, repea
         predictor = by_trainer("random", dataclasses.replace(recipe, precision="no"))
         predicting = {"ours": lambda: predict_logits(model, data.input_ids, batch_size)}
         predicting |= {"trainer": lambda: predictor.predict(Dataset.from_list(rows))}
-        tables = []
+        table = []
         for task, functions in (("train", training), ("predict", predicting)):
             # Timed under inference mode, which training has to leave.
             timed = {name: torch.inference_mode(False)(function) for name, function in functions.items()}
@@ -354,10 +354,10 @@ def compare_training(shape: str, batch_size: int, length: int, steps: int, repea
             for name in times:
                 low, median, high = np.percentile(np.array(times[name]) / 1e3, [25, 50, 75])
                 ratio = speedups({"baseline": times[name], "ours": times["ours"]}).iloc[1, 1:]
-                rows_ = {"task": task, "name": name, "reviews": len(data), "tokens": sum(map(len, data.input_ids))}
-                rows_ |= {"seconds": median, "seconds_low": low, "seconds_high": high}
-                tables.append(rows_ | ratio.to_dict())
-    return pd.DataFrame(tables)
+                row = {"task": task, "name": name, "reviews": len(data), "tokens": sum(map(len, data.input_ids))}
+                row |= {"seconds": median, "seconds_low": low, "seconds_high": high}
+                table.append(row | ratio.to_dict())
+    return pd.DataFrame(table)
 
 
 # --- the command line ---

@@ -26,7 +26,7 @@ from nbhelpers.experiments import (
     right_over_seeds,
     runs_of,
     split_logits,
-    student_variants,
+    student_names,
 )
 from nbhelpers.forgetting import as_language_model, bits_per_byte, other_domain_texts
 from nbhelpers.measurement import measure_inference_efficiency
@@ -53,8 +53,7 @@ def compared_models(run: Run) -> list[str]:
     recovered = [model_name("recovered", c, main) for c in (*MAIN, best_comparator(run))]
     sparse = [model_name("sparse", best, sparsity) for sparsity in converted_sparsities(run.profile)]
     compact = [model_name("compact", best, sparsity) for sparsity in structured_sparsities(run)]
-    students = [f"student_{variant}_{layers}" for variant, layers in student_variants(run.profile)]
-    return [*LINES, *recovered, *sparse, *compact, *students]
+    return [*LINES, *recovered, *sparse, *compact, *student_names(run.profile)]
 
 
 def recovered_names(run: Run) -> dict[tuple[str, float], str]:

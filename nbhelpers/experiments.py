@@ -352,6 +352,11 @@ def student_variants(profile: Profile) -> list[tuple[str, int]]:
     return controls + [("distilled", layers) for layers in others]
 
 
+def student_names(profile: Profile) -> list[str]:
+    """The artefacts of the students that a profile trains."""
+    return [f"student_{variant}_{layers}" for variant, layers in student_variants(profile)]
+
+
 def distil_all(run: Run) -> pd.DataFrame:
     """Every student of a profile at the scan's best temperature and alpha. Returns a row a student."""
     scan = scan_distillation(run)

@@ -30,7 +30,7 @@ import transformers
 from nbhelpers import processes
 from nbhelpers.comparison import LINES, open_test_part, recovered_names
 from nbhelpers.data import DataError
-from nbhelpers.experiments import distil_all, finetune_model, reviews_of, runs_of, student_variants, train_logits
+from nbhelpers.experiments import distil_all, finetune_model, reviews_of, runs_of, student_names, train_logits
 from nbhelpers.models import ModelError, check_model
 from nbhelpers.processes import ProcessError
 from nbhelpers.profiles import ProfileError, get_profile, overrides_of
@@ -39,13 +39,13 @@ from nbhelpers.pruning import (
     SCORES,
     answers_right,
     best_criterion,
+    build_scores,
     compact_model,
     pruned_logits,
     recover_all,
     recover_model,
     recover_otherwise,
     recoveries,
-    score_weights,
     scores_of,
     structured_sparsities,
     train_control,
@@ -71,8 +71,7 @@ class GridError(RuntimeError):
 
 def score_cell(one: Run) -> None:
     """All scores of a seed and what later cells share: the dense model's answers."""
-    for name in SCORES:  # one by one, so that no two are in memory at once
-        score_weights(one, (name,))
+    build_scores(one, SCORES)
     train_logits(one)
     answers_right(one, "fine_tuned", "validation")
 
@@ -116,10 +115,12 @@ def finetune_all(run: Run) -> pd.DataFrame:
 
 def score_all(run: Run) -> pd.DataFrame:
     """The scores of all seeds: a row a score and seed, its least and largest value."""
+    rows = []
     for one in runs_of(run):
         score_cell(one)
-    found = [(one.seed, name, scores_of(one, name).values()) for one in runs_of(run) for name in SCORES]
-    rows = [(seed, name, min(map(torch.min, s)).item(), max(map(torch.max, s)).item()) for seed, name, s in found]
+        for name in SCORES:
+            scores = scores_of(one, name).values()
+            rows.append((one.seed, name, min(map(torch.min, scores)).item(), max(map(torch.max, scores)).item()))
     return pd.DataFrame(rows, columns=["seed", "score", "lowest", "highest"])
 
 
@@ -128,8 +129,8 @@ def evaluate_all(run: Run) -> pd.DataFrame:
     open_test_part(run)
     rows = []
     for one in runs_of(run):
-        students = [f"student_{variant}_{layers}" for variant, layers in student_variants(run.profile)]
-        for name in [*LINES, *recovered_names(run).values(), *(students if one == run else [])]:
+        students = student_names(run.profile) if one == run else []
+        for name in [*LINES, *recovered_names(run).values(), *students]:
             right = answers_right(one, name, "test")
             rows.append({"seed": one.seed, "model": name, "accuracy": right.mean(), "reviews": len(right)})
     return pd.DataFrame(rows)

@@ -12,6 +12,9 @@ from filelock import FileLock, Timeout
 
 from nbhelpers.workspace import Run, WorkspaceError, write_text
 
+# A holder who has not said yet who he is, or has just ended.
+UNKNOWN = {"pid": "unknown", "machine": "unknown", "since": "a moment ago", "stage": ""}
+
 
 def files(run: Run) -> tuple[Path, Path]:
     """The lock, which the system takes from a process that dies, and who says that he has it."""
@@ -29,7 +32,7 @@ def holder(run: Run) -> dict | None:
     except Timeout:
         with contextlib.suppress(OSError, ValueError):
             return json.loads(about.read_text(encoding="utf-8"))
-        return {"pid": "unknown", "machine": "unknown", "since": "a moment ago", "stage": ""}
+        return UNKNOWN
 
 
 def describe(who: dict) -> str:
@@ -49,7 +52,7 @@ def only_one(run: Run) -> Iterator[Callable[[str], None]]:
     try:
         own.acquire()
     except Timeout:
-        who = describe(holder(run) or {"pid": "unknown", "machine": "unknown", "since": "a moment ago"})
+        who = describe(holder(run) or UNKNOWN)
         raise WorkspaceError(f"{run.artifacts} is in use by {who}: wait until it has ended, or end it") from None
     since = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     who = {"pid": os.getpid(), "machine": platform.node(), "since": since}

@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2ForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
@@ -251,17 +252,19 @@ def create_student(teacher: PreTrainedModel, layers: int, seed: int = 0, from_te
     return student.eval()
 
 
-def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The matrices of the blocks (attention and MLP projections), by parameter name, bottom first.
+def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of the blocks (attention and MLP projections), by name, bottom first.
 
-    GPT-2's are ``Conv1D``, stored [in, out]; Llama's are ``nn.Linear``, stored [out, in]. Embeddings, LayerNorms,
-    biases and the classification head are not among them.
+    GPT-2's are ``Conv1D``, stored [in, out]; Llama's are ``nn.Linear``, stored [out, in]. The classification head is
+    not among them.
     """
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Conv1D | nn.Linear) and BLOCK_WEIGHT.search(f"{name}.weight"):
-            found[f"{name}.weight"] = module.weight
-    return found
+    named = model.named_modules()
+    return {n: m for n, m in named if isinstance(m, Conv1D | nn.Linear) and BLOCK_WEIGHT.search(f"{n}.weight")}
+
+
+def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The matrices of ``prunable_layers``, by parameter name: no embeddings, LayerNorms, biases or head."""
+    return {f"{name}.weight": layer.weight for name, layer in prunable_layers(model).items()}
 
 
 def stored_in_out(model: nn.Module, name: str) -> bool:
@@ -294,9 +297,14 @@ class Structures:
         return first.reshape(groups, self.count, first.shape[0] // (groups * self.count), -1)
 
 
+def has_structures(config: PreTrainedConfig) -> bool:
+    """Whether ``structures`` knows the heads and neurons of such a model: of a GPT-2."""
+    return config.model_type == "gpt2"
+
+
 def structures(model: PreTrainedModel) -> list[Structures]:
     """The attention heads and MLP neurons of every block, bottom first; raises ``ModelError`` unless it is a GPT-2."""
-    if model.config.model_type != "gpt2":
+    if not has_structures(model.config):
         raise ModelError(f"{type(model).__name__}: heads and neurons can be taken out of a GPT-2 only")
     found, prefix = [], f"{model.base_model_prefix}.h"
     for i, block in enumerate(blocks(model)):
@@ -308,6 +316,11 @@ def structures(model: PreTrainedModel) -> list[Structures]:
             Structures(mlp, block.mlp.c_fc.weight.shape[1], neurons),
         ]
     return found
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of the model in a folder, dense or sparse; its weights are not read."""
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def load_dense(folder: Path) -> PreTrainedModel:

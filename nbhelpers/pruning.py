@@ -30,7 +30,7 @@ from nbhelpers.experiments import (
     validator,
     write_history,
 )
-from nbhelpers.models import prunable_weights, save_dense, stored_in_out, structures
+from nbhelpers.models import has_structures, load_config, prunable_weights, save_dense, stored_in_out, structures
 from nbhelpers.profiles import Profile
 from nbhelpers.sparse import convert_to_sparse, save_sparse
 from nbhelpers.statistics import calibrate
@@ -77,18 +77,18 @@ def statistics_of(run: Run) -> tuple[dict, dict]:
     return weights, {"pretrained": pretrained} | observed
 
 
-def score_weights(run: Run, names: tuple[str, ...] = tuple(criteria.CRITERIA)) -> dict[str, dict[str, torch.Tensor]]:
-    """Artefacts ``scores_<name>``; returns {name: {parameter name: score}}.
+def build_scores(run: Run, names: tuple[str, ...] = tuple(criteria.CRITERIA)) -> None:
+    """Artefacts ``scores_<name>``, one after the other, so that no two need be in memory at once.
 
     names: of criteria and comparators, and ``merged``, the rank at which the three criteria agree.
     """
-    found, registry = {}, criteria.CRITERIA | criteria.COMPARATORS
+    registry = criteria.CRITERIA | criteria.COMPARATORS
     calibrate_model(run)
     # Read once, and only if a score has to be computed.
     observed = functools.cache(lambda: statistics_of(run))
     for name in names:
         if name == "merged":
-            score_weights(run)
+            build_scores(run)
             inputs = tuple(f"scores_{criterion}" for criterion in criteria.CRITERIA)
         else:
             inputs = ("pretrained", "fine_tuned", "calibration")
@@ -99,8 +99,12 @@ def score_weights(run: Run, names: tuple[str, ...] = tuple(criteria.CRITERIA)) -
             save_tensors(folder, tensors)
 
         run.cached(f"scores_{name}", {"criterion": name}, build, inputs, made_by="02")
-        found[name] = run.load_tensors(f"scores_{name}")
-    return found
+
+
+def score_weights(run: Run, names: tuple[str, ...] = tuple(criteria.CRITERIA)) -> dict[str, dict[str, torch.Tensor]]:
+    """The scores of ``build_scores``: {name: {parameter name: score}}."""
+    build_scores(run, names)
+    return {name: run.load_tensors(f"scores_{name}") for name in names}
 
 
 def scores_of(run: Run, name: str) -> dict[str, torch.Tensor]:
@@ -151,7 +155,7 @@ def pruned_logits(run: Run, pruner: str) -> np.ndarray:
         save_tensors(folder, {"logits": torch.from_numpy(np.stack([predict_logits(m, rows, size) for m in models]))})
 
     inputs = ("fine_tuned", "calibration") if pruner == "sparsegpt" else ("fine_tuned", f"scores_{pruner}")
-    calibrate_model(run) if pruner == "sparsegpt" else score_weights(run, (pruner,))
+    calibrate_model(run) if pruner == "sparsegpt" else build_scores(run, (pruner,))
     reviews = reviews_fingerprint(run, "validation")
     settings = pick(run.profile, "max_tokens", sparsities=sparsities, reviews=reviews)
     run.cached(f"pruned_{pruner}", settings, build, inputs, made_by="03")
@@ -186,8 +190,7 @@ def train_on(run: Run, model, description: str, rate: float, checkpoints, keeper
     """A profile's recovery steps, without a choice among epochs: the last one counts. Returns the history."""
     recipe = dataclasses.replace(recipe_for(run.profile, "recover"), learning_rate=rate)
     options = {"seed": run.seed, "mask_keeper": keeper, "loss_function": loss, "description": description}
-    options["checkpoints"] = checkpoints
-    return train(model, data or dataset(run, "train"), recipe, **options)
+    return train(model, data or dataset(run, "train"), recipe, checkpoints=checkpoints, **options)
 
 
 def save_trained(model, history: list[dict], folder: Path) -> None:
@@ -228,7 +231,7 @@ def scan_recovery_rates(run: Run, what: str) -> pd.DataFrame:
         (folder / RATES).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
     if not dense:
-        score_weights(run, (what,))
+        build_scores(run, (what,))
     settings = pick(run.profile, *RECOVERY_FIELDS, "recovery_learning_rates", "main_sparsity", seed=run.seed)
     inputs = ("fine_tuned",) if dense else ("fine_tuned", f"scores_{what}")
     run.cached(f"rates_{what}", settings, build, inputs, made_by="03")
@@ -384,14 +387,9 @@ def sparsify(
     return run.cached(model_name(stage, criterion, sparsity), settings, build, (dense,), kind="sparse", made_by="04")
 
 
-def has_structures(model: torch.nn.Module) -> bool:
-    """Whether ``models.structures`` knows the heads and neurons of a model: of a GPT-2."""
-    return model.config.model_type == "gpt2"
-
-
 def structured_sparsities(run: Run) -> tuple[float, ...]:
     """The sparsities at which whole heads and neurons are taken out: the profile's, or none of another model's."""
-    return run.profile.structured_sparsities if has_structures(run.load_model("fine_tuned")) else ()
+    return run.profile.structured_sparsities if has_structures(load_config(run.folder("fine_tuned"))) else ()
 
 
 def structured_masks(run: Run, sparsity: float) -> dict[str, torch.Tensor]:

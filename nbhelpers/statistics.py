@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from nbhelpers import processes
-from nbhelpers.models import prunable_weights, stored_in_out
+from nbhelpers.models import prunable_layers, prunable_weights, stored_in_out
 
 Tensors = dict[str, torch.Tensor]
 
@@ -88,7 +88,8 @@ def calibrate(model: nn.Module, reviews: list[list[int]], labels: list[int], hes
 
         return before
 
-    hooks = [model.get_submodule(n.removesuffix(".weight")).register_forward_pre_hook(watch(n)) for n in weights]
+    layers = prunable_layers(model).items()
+    hooks = [layer.register_forward_pre_hook(watch(f"{name}.weight")) for name, layer in layers]
     was_training = model.training
     try:
         model.eval()
@@ -108,6 +109,5 @@ def calibrate(model: nn.Module, reviews: list[list[int]], labels: list[int], hes
     for tensors in (*found.values(), squares, products):
         for tensor in tensors.values():
             processes.total(tensor)
-    norms = {name: total.sqrt().unsqueeze(1 if stored_in_out(model, name) else 0) for name, total in squares.items()}
-    found["input_norm"] = norms
+    found["input_norm"] = {n: t.sqrt().unsqueeze(1 if stored_in_out(model, n) else 0) for n, t in squares.items()}
     return found | ({"hessian": products} if hessians else {})

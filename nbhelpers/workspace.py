@@ -180,6 +180,13 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def throw_away() -> Iterator[Path]:
+    """Give a fresh folder to write into that is gone when the block ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 def progress(total: int, description: str, done: int = 0) -> tqdm:
     """A progress bar with time left, of the main process; silent in a batch run, whose log would keep each frame."""
     silent = "NBHELPERS_BATCH" in os.environ or not processes.is_main()
@@ -232,15 +239,11 @@ class Run:
         if processes.agree(not forced and self.read_artifact(name).get("key") == key):
             return folder
         started, checkpoints = time.time(), folder.with_name(f"{name}.checkpoint")
-        if not processes.is_main():
-            with tempfile.TemporaryDirectory() as unused:
-                BUILDING[Path(unused)] = checkpoints, key
-                build(Path(unused))
-            processes.wait()
-            return folder
-        with replace_folder(folder) as partial:
+        # What the other processes write is the same, and goes.
+        with replace_folder(folder) if processes.is_main() else throw_away() as partial:
             BUILDING[partial] = checkpoints, key
             build(partial)
+            del BUILDING[partial]
             files = {p.relative_to(partial).as_posix(): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
             record = {
                 "name": name,
@@ -259,8 +262,9 @@ class Run:
             }
             write_text(partial / "artifact.json", json.dumps(record, indent=2, default=list) + "\n")
         BUILT_HERE.add(folder)
-        shutil.rmtree(checkpoints, ignore_errors=True)
         processes.wait()
+        if processes.is_main():
+            shutil.rmtree(checkpoints, ignore_errors=True)
         return folder
 
     def read_artifact(self, name: str) -> dict:
@@ -341,7 +345,8 @@ class Run:
         """All metrics recorded so far: {section: {metric: value}}, those that were timed among them."""
         path = self.reports / "results.json"
         results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return together(results, results.pop("timings", {}))
+        timed = results.pop("timings", {})
+        return together(results, timed)
 
     def write_results(self, results: dict) -> None:
         """Write ``results.json``: what was timed in a section of its own, so that all else is the same each time."""
@@ -370,9 +375,8 @@ class Run:
         """Write ``tables/<name>.csv`` (without the index) and hand the table back, to be shown."""
         path = self.reports / "tables" / f"{name}.csv"
         write_text(path, table.to_csv(index=False))
-        write_text(
-            self.reports / ".checksums.json", json.dumps(self.checksums() | {name: sha256(path)}, indent=1) + "\n"
-        )
+        sums = self.checksums() | {name: sha256(path)}
+        write_text(self.reports / ".checksums.json", json.dumps(sums, indent=1) + "\n")
         return table
 
     def checksums(self) -> dict[str, str]:

@@ -57,15 +57,21 @@ def in_two_processes(command, **environment):
     return done.stdout
 
 
-@pytest.fixture
-def toy_model():
-    """A GPT-2 classifier of some thousand random weights, without dropout."""
+def tiny_model(dropout: float = 0.0, layers: int = 2, seed: int = 0):
+    """A GPT-2 classifier of some thousand random weights."""
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
-    torch.manual_seed(0)
-    sizes = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 20, "initializer_range": 0.1}
-    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2ForSequenceClassification(GPT2Config(**sizes, **rates, pad_token_id=0, use_cache=False)).eval()
+    torch.manual_seed(seed)
+    sizes = {"n_embd": 8, "n_layer": layers, "n_head": 2, "n_positions": 16, "vocab_size": 20}
+    rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+    config = GPT2Config(**sizes, **rates, pad_token_id=0, num_labels=2, use_cache=False, initializer_range=0.1)
+    return GPT2ForSequenceClassification(config).eval()
+
+
+@pytest.fixture
+def toy_model():
+    """A ``tiny_model`` without dropout."""
+    return tiny_model()
 
 
 @pytest.fixture

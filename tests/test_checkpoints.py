@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 import torch
+from conftest import tiny_model
 from safetensors.torch import load_file
-from test_training import tiny_model, toy_data
+from test_training import toy_data
 
 from nbhelpers import experiments
 from nbhelpers.checkpoints import Checkpoints

@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax
-from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from nbhelpers import experiments, grid
 from nbhelpers.checkpoints import load_optimizer_tensors, optimizer_tensors
@@ -35,14 +36,6 @@ RECIPE = Recipe(learning_rate=1e-2, batch_size=8, epochs=2, precision="no")
 
 
 pytestmark = pytest.mark.usefixtures("alone")
-
-
-def tiny_model(dropout: float = 0.0, layers: int = 2, seed: int = 0) -> GPT2ForSequenceClassification:
-    torch.manual_seed(seed)
-    sizes = {"n_embd": 8, "n_layer": layers, "n_head": 2, "n_positions": 16, "vocab_size": 20}
-    rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
-    config = GPT2Config(**sizes, **rates, pad_token_id=0, num_labels=2, use_cache=False, initializer_range=0.1)
-    return GPT2ForSequenceClassification(config).eval()
 
 
 def toy_data(count: int = 40) -> IMDbDataset:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, GPT2ForSequenceClassification, PreTrainedConfig
 
-from nbhelpers.models import prunable_weights
+from nbhelpers.models import prunable_layers, prunable_weights
 from nbhelpers.sparse.gpt2 import (
     SparseGPT2ForSequenceClassification,
     convert_gpt2_to_sparse,
@@ -28,12 +28,12 @@ def convert_to_sparse(model: nn.Module, backend: str = "auto") -> nn.Module:
     """
     if isinstance(model, GPT2ForSequenceClassification) and not model.config.add_cross_attention:
         return convert_gpt2_to_sparse(model, backend)
-    names = [name.removesuffix(".weight") for name in prunable_weights(model)]
-    if not names:
+    layers = prunable_layers(model)
+    if not layers:
         raise TypeError(f"{type(model).__name__} has no layers that can be pruned, so none to make sparse")
     sparse = copy.deepcopy(model).float().requires_grad_(False).eval()
-    for name in names:
-        sparse.set_submodule(name, SparseLinear.from_dense(model.get_submodule(name), backend))
+    for name, layer in layers.items():
+        sparse.set_submodule(name, SparseLinear.from_dense(layer, backend))
     return sparse
 
 
@@ -42,8 +42,7 @@ def empty_like(config: PreTrainedConfig) -> nn.Module:
     if config.model_type == "gpt2":
         return skeleton(config)
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    for name in [name.removesuffix(".weight") for name in prunable_weights(model)]:
-        layer = model.get_submodule(name)
+    for name, layer in prunable_layers(model).items():
         model.set_submodule(name, SparseLinear(layer.in_features, layer.out_features))
     return model.requires_grad_(False).eval()
 

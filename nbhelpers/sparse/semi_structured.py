@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from nbhelpers.models import prunable_weights
+from nbhelpers.models import prunable_layers
 
 
 def has_two_of_four() -> bool:
@@ -42,13 +42,12 @@ def convert_to_semi_structured(model: nn.Module) -> nn.Module:
     if not has_two_of_four():
         raise RuntimeError("2:4 products need an NVIDIA GPU of compute capability 8.0 or later, and there is none here")
     sparse = copy.deepcopy(model).requires_grad_(False).eval()
-    for name in [name.removesuffix(".weight") for name in prunable_weights(model)]:
-        linear = as_linear(model.get_submodule(name))
+    for name, layer in prunable_layers(model).items():
+        linear = as_linear(layer)
         if not is_two_of_four(linear.weight):
             raise ValueError(f"{name} is not 2:4 sparse: prune with the masks of select_two_of_four first")
         sparse.set_submodule(name, linear)
     sparse = sparse.to("cuda", torch.float16)
-    for name in prunable_weights(sparse):
-        linear = sparse.get_submodule(name.removesuffix(".weight"))
+    for linear in prunable_layers(sparse).values():
         linear.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(linear.weight), requires_grad=False)
     return sparse

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig
 
+from nbhelpers.models import load_config
 from nbhelpers.sparse.decoder import empty_like
 from nbhelpers.sparse.gpt2 import fill, sparse_names
 from nbhelpers.sparse.layers import SparseLinear, mask_to_csr, to_mask
@@ -52,7 +52,7 @@ def load_sparse(folder: str | Path) -> nn.Module:
     path = Path(folder) / FILE
     config_path = Path(folder) / "config.json"
     try:
-        model = empty_like(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+        model = empty_like(load_config(Path(folder)))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{config_path} is missing or damaged: {error}") from error
     try:
