@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -136,3 +137,19 @@ def tokenizer(corpus, tmp_path_factory):
     from nbhelpers.pretrain import train_tokenizer
 
     return train_tokenizer(corpus, 320, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium, the machine's own; tests that need it are skipped where there is none."""
+    from playwright.sync_api import sync_playwright
+
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"no browser on this machine: looked for {', '.join(names)}")
+    with sync_playwright() as playwright:
+        # Without its sandbox: in a container, as root, Chromium does not start with it.
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
