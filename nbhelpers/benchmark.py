@@ -12,6 +12,7 @@ ONNX Runtime takes part in ``models`` where it is installed (pip install onnxrun
 import argparse
 import copy
 import dataclasses
+import itertools
 import os
 import tempfile
 import time
@@ -41,6 +42,7 @@ from nbhelpers.masks import apply_masks, select
 from nbhelpers.measurement import by_model, compare_latency, compare_speed, peak_memory, speedups
 from nbhelpers.models import load_tokenizer, predict_logits, prunable_layers, prunable_weights
 from nbhelpers.profiles import get_profile
+from nbhelpers.progress import track
 from nbhelpers.sparse import convert_gpt2_to_sparse, kernels
 from nbhelpers.sparse.layers import random_matrix, to_weight
 from nbhelpers.training import Recipe, mixed_precision, train
@@ -85,18 +87,16 @@ def compare_engines(shapes, sparsities=SPARSITIES, tokens=TOKENS, repeats: int =
     the engine does with the others; intensity: such operations for a byte that has to be moved at least once.
     """
     tables = []
-    for n_in, n_out in shapes:
-        for n in tokens:
-            for sparsity in sparsities:
-                matrix = random_matrix(n_out, n_in, 1 - sparsity)
-                functions, weights = sparse_engines(matrix, torch.randn(n, n_in)), len(matrix[0])
-                table = compare_speed({e: functions[e] for e in engines if e in functions}, repeats)
-                table.attrs.clear()
-                stored = np.where(table["name"] == "dense", 4 * n_in * n_out, 8 * weights)
-                table["gflops"] = 2 * weights * n / table["median_ms"] / 1e6
-                table["intensity"] = 2 * weights * n / (stored + 4 * n * (n_in + n_out))
-                where = {"in": n_in, "out": n_out, "tokens": n, "sparsity": sparsity}
-                tables.append(pd.concat([pd.DataFrame([where] * len(table)), table], axis=1))
+    for (n_in, n_out), n, sparsity in track(list(itertools.product(shapes, tokens, sparsities)), "comparing engines"):
+        matrix = random_matrix(n_out, n_in, 1 - sparsity)
+        functions, weights = sparse_engines(matrix, torch.randn(n, n_in)), len(matrix[0])
+        table = compare_speed({e: functions[e] for e in engines if e in functions}, repeats)
+        table.attrs.clear()
+        stored = np.where(table["name"] == "dense", 4 * n_in * n_out, 8 * weights)
+        table["gflops"] = 2 * weights * n / table["median_ms"] / 1e6
+        table["intensity"] = 2 * weights * n / (stored + 4 * n * (n_in + n_out))
+        where = {"in": n_in, "out": n_out, "tokens": n, "sparsity": sparsity}
+        tables.append(pd.concat([pd.DataFrame([where] * len(table)), table], axis=1))
     return pd.concat(tables, ignore_index=True)
 
 

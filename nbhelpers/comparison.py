@@ -31,6 +31,7 @@ from nbhelpers.experiments import (
 from nbhelpers.forgetting import as_language_model, bits_per_byte, other_domain_texts
 from nbhelpers.measurement import measure_inference_efficiency
 from nbhelpers.models import load_tokenizer
+from nbhelpers.progress import track
 from nbhelpers.pruning import (
     MAIN,
     best_comparator,
@@ -154,7 +155,7 @@ def unlearned(run: Run, count: int = 40) -> pd.DataFrame:
         models = {name: partial(one.load_model, name) for name in ("pretrained", *LINES)}
         models |= {model_name("pruned", c, main): partial(prune_at, one, c, main) for c in MAIN}
         models |= {name: partial(one.load_model, name) for name in recovered}
-        for name, load in models.items():
+        for name, load in track(models.items(), "reading as language models"):
             body = as_language_model(load().to(processes.device())).eval()
             for domain, part in texts.items():
                 bits = bits_per_byte(body, tokenizer, part)

@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Value
 
 from nbhelpers.profiles import Profile, local_path, shown
+from nbhelpers.progress import track
 
 datasets.disable_progress_bars()
 csv.field_size_limit(2**31 - 1)  # a review may be longer than the module's 128 KiB
@@ -26,6 +27,7 @@ SPLITS = ("train", "validation", "test")
 SIZES = ("train_size", "validation_size", "test_size")
 # IMDb's makers took at most 30 reviews of a film: a gap that wide at each cut keeps a film on one side.
 GUARD = 30
+TOKENIZED_AT_ONCE = 500  # reviews between two moves of the progress bar
 
 
 class DataError(ValueError):
@@ -329,13 +331,12 @@ class IMDbDataset(torch.utils.data.Dataset):
     teacher_logits: np.ndarray | None = None
 
     def __init__(self, reviews: Dataset, tokenizer, profile: Profile):
-        def encode(rows):
-            return {"input_ids": tokenize(rows["text"], tokenizer, profile)}
-
-        # Kept in memory: a cache file would be keyed by a tokenizer whose hash changes between sessions.
-        encoded = reviews.map(encode, batched=True, keep_in_memory=True, load_from_cache_file=False)
-        self.input_ids: list[list[int]] = list(encoded["input_ids"])
-        self.labels = np.array(encoded["label"], dtype=np.int64)
+        texts = reviews["text"][:]
+        parts = [texts[i : i + TOKENIZED_AT_ONCE] for i in range(0, len(texts), TOKENIZED_AT_ONCE)]
+        self.input_ids: list[list[int]] = []
+        for part in track(parts, "tokenising"):
+            self.input_ids += tokenize(part, tokenizer, profile)
+        self.labels = np.array(reviews["label"][:], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)

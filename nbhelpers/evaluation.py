@@ -8,6 +8,7 @@ from torch import nn
 
 from nbhelpers.data import IMDbDataset
 from nbhelpers.models import predict_logits
+from nbhelpers.progress import track
 
 RESAMPLES = 2000
 
@@ -133,7 +134,7 @@ def significance_table(correct: dict[str, np.ndarray], pairs: list[tuple[str, st
     """
     rows = [
         {"comparison": f"{a} - {b}", "metric": "accuracy", **paired_difference(correct[a], correct[b])}
-        for a, b in pairs
+        for a, b in track(pairs, "comparing in pairs")
     ]
     table = pd.DataFrame(rows)
     table.insert(6, "p_adjusted", holm(table["p_value"]))

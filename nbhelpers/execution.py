@@ -1,9 +1,13 @@
 """Execute one notebook through papermill, in the interpreter of this process, and make its copy fit to be shown."""
 
+import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import nbformat
@@ -13,6 +17,7 @@ from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+from nbhelpers.progress import IN_LOGS
 from nbhelpers.workspace import root
 
 PROJECT = Path(__file__).parent.parent
@@ -68,12 +73,61 @@ def kernel_environment(force: bool) -> dict[str, str]:
     }
 
 
-def bar(name: str) -> dict | bool:
-    """Papermill's progress bar over the cells where somebody watches; a log gets none."""
-    if not sys.stdout.isatty():
-        return False
-    form = "{desc} |{bar:24}| cell {n_fmt} of {total_fmt}, {elapsed}"
-    return {"desc": f"{name:22}", "leave": False, "file": sys.stdout, "bar_format": form, "dynamic_ncols": True}
+class Follower:
+    """Shows, while its block runs, how far a notebook is and how far the computation in its cell.
+
+    In a terminal papermill's bar over the cells with the computation behind it, in one line; in a log or a pipe nothing
+    but a line every half minute of a long computation. ``bar`` is what papermill takes as its progress bar; its kernel
+    is told by ``NBHELPERS_PROGRESS`` to keep the state of its computation in the file ``path``.
+    """
+
+    def __init__(self, name: str, path: Path, stream=sys.stdout):
+        self.name, self.path, self.stream, self.ended = name, path, stream, threading.Event()
+        self.cells = self.inner = ""
+        form = "{desc} |{bar:24}| cell {n_fmt} of {total_fmt}, {elapsed}"
+        options = {"desc": f"{name:22}", "leave": False, "file": self, "bar_format": form, "ncols": 80}
+        self.bar = options if stream.isatty() else False
+
+    def write(self, frame: str) -> None:
+        """What papermill's bar draws."""
+        self.cells = frame.strip("\r\n ")
+        self.draw()
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def draw(self) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        # To the start of the line, the text, and nothing of what was longer before.
+        self.stream.write(f"\r{f'{self.cells}  {self.inner}'.strip()[:width]}\x1b[K")
+        self.stream.flush()
+
+    def watch(self) -> None:
+        said = time.monotonic()
+        while not self.ended.wait(0.5):
+            before = self.inner
+            with contextlib.suppress(FileNotFoundError):
+                self.inner = self.path.read_text(encoding="utf-8")
+            if self.inner.split(":")[0] != before.split(":")[0]:
+                said = time.monotonic()  # another computation
+            if self.bar and self.inner != before:
+                self.draw()
+            elif not self.bar and self.inner and time.monotonic() - said > IN_LOGS:
+                print(f"{self.name:22} {self.inner}", file=self.stream, flush=True)
+                said = time.monotonic()
+
+    def __enter__(self) -> "Follower":
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+        self.watcher.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.ended.set()
+        self.watcher.join()
+        self.path.unlink(missing_ok=True)
+        if self.bar:
+            self.cells = self.inner = ""
+            self.draw()
 
 
 def execute(notebook: Path, parameters: dict, force: bool, copy: Path):
@@ -87,7 +141,9 @@ def execute(notebook: Path, parameters: dict, force: bool, copy: Path):
     def path(of: Path) -> str:
         return str(of).replace("{", "{{").replace("}", "}}")  # papermill fills in what stands in braces
 
-    with copy.with_suffix(".log").open("w") as log:
+    progress = copy.with_suffix(".progress")
+    environment = kernel_environment(force) | {"NBHELPERS_PROGRESS": str(progress)}
+    with copy.with_suffix(".log").open("w") as log, Follower(notebook.stem, progress) as follower:
         try:
             return papermill.execute_notebook(
                 path(notebook),
@@ -95,8 +151,8 @@ def execute(notebook: Path, parameters: dict, force: bool, copy: Path):
                 parameters,
                 kernel_name="python3",
                 cwd=str(notebook.parent),
-                progress_bar=bar(notebook.stem),
-                kernel_manager_class=kernel_manager(kernel_environment(force), log),
+                progress_bar=follower.bar,
+                kernel_manager_class=kernel_manager(environment, log),
             )
         except PapermillExecutionError as error:
             message = (str(error.evalue).strip().splitlines() or [""])[0][:300]

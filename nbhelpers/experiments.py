@@ -23,6 +23,7 @@ from nbhelpers.evaluation import evaluate_accuracy, predict_logits
 from nbhelpers.masks import FlaggedSets
 from nbhelpers.models import create_model, create_student, load_tokenizer, save_dense, source_fingerprint
 from nbhelpers.profiles import Profile
+from nbhelpers.progress import progress
 from nbhelpers.statistics import FirstOrderMovement, GradientMagnitude
 from nbhelpers.training import Recipe, distillation_loss, recipe_for, train
 from nbhelpers.workspace import (
@@ -106,7 +107,8 @@ def tfidf_baseline(train_texts: list[str], labels: list[int]):
 def fitted_tfidf(run: Run):
     """``tfidf_baseline`` on the training reviews of a run, once a process."""
     train_part = reviews_of(run.profile, run.seed)["train"]
-    return tfidf_baseline(train_part["text"][:], train_part["label"][:])
+    with progress(None, "fitting TF-IDF with logistic regression"):
+        return tfidf_baseline(train_part["text"][:], train_part["label"][:])
 
 
 def save_pretrained_model(run: Run) -> Path:

@@ -26,6 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 import pandas as pd
 import torch
 import transformers
+from tqdm import tqdm
 
 from nbhelpers import processes
 from nbhelpers.comparison import LINES, open_test_part, recovered_names
@@ -212,7 +213,7 @@ def children_deaf_to_ctrl_c():
         signal.signal(signal.SIGINT, before)
 
 
-def run_phase(pool: ProcessPoolExecutor, run: Run, names: Collection[str], started: float) -> None:
+def run_phase(pool: ProcessPoolExecutor, run: Run, names: Collection[str], started: float, bar: tqdm) -> None:
     """Compute the cells of one phase and print a line each. Raises ``GridError`` at the first that fails."""
     with children_deaf_to_ctrl_c():
         waiting = {pool.submit(run_cell, run, name): name for name in names}
@@ -224,7 +225,9 @@ def run_phase(pool: ProcessPoolExecutor, run: Run, names: Collection[str], start
             raise GridError("a process of the grid died; out of memory? Fewer jobs at once need less") from error
         except Exception as error:
             raise GridError(f"cell {name}: {type(error).__name__}: {error}") from error
-        print(f"{(time.time() - started) / 60:7.1f} min  {name:32} {seconds:7.1f} s", flush=True)
+        bar.write(f"{(time.time() - started) / 60:7.1f} min  {name:32} {seconds:7.1f} s", file=sys.stdout)
+        bar.update()
+        sys.stdout.flush()
 
 
 def run_grid(run: Run, jobs: int, notebooks: Collection[str] = tuple(NOTEBOOK.values())) -> None:
@@ -236,10 +239,13 @@ def run_grid(run: Run, jobs: int, notebooks: Collection[str] = tuple(NOTEBOOK.va
     """
     started, context = time.time(), multiprocessing.get_context("spawn")
     precision = mixed_precision(run.profile.precision)
-    with ProcessPoolExecutor(jobs, context, be_one_of, (jobs, precision)) as pool:
+    every = phases(run, notebooks)
+    # The lines are enough where nobody sees a bar move.
+    options = {"total": sum(map(len, every)), "desc": "cells", "leave": False, "disable": not sys.stderr.isatty()}
+    with ProcessPoolExecutor(jobs, context, be_one_of, (jobs, precision)) as pool, tqdm(**options) as bar:
         try:
-            for phase in phases(run, notebooks):
-                run_phase(pool, run, phase, started)
+            for phase in every:
+                run_phase(pool, run, phase, started, bar)
         except GridError:
             pool.shutdown(cancel_futures=True)
             raise

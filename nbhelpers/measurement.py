@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from nbhelpers.progress import track
+
 QUARTILES = (50, 25, 75)
 
 
@@ -39,7 +41,7 @@ def compare_latency(functions: dict[str, Callable[[], object]], repeats: int, wa
         for function in functions.values():
             for _ in range(warmup):
                 function()
-        for _ in range(repeats):
+        for _ in track(range(repeats), "timing, in turns"):
             for name, function in functions.items():
                 synchronize()
                 started = time.perf_counter()
@@ -82,6 +84,17 @@ def synchronize() -> None:
     """Wait for a GPU, where there is one in use."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def with_threads(count: int) -> Iterator[None]:
+    """Let torch compute with so many threads inside the block; the sparse kernels follow it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # --- memory ---

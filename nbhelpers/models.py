@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from nbhelpers import processes
 from nbhelpers.data import evaluation_batches, reason_of
 from nbhelpers.profiles import Profile, local_path, shown
+from nbhelpers.progress import progress
 from nbhelpers.workspace import sha256
 
 # That a fresh classification head is not in a language model's checkpoint is known here, and said in notebook 01.
@@ -346,9 +347,12 @@ def predict_logits(model: nn.Module, rows: list[list[int]], batch_size: int = 32
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     model.eval()
     logits = torch.zeros(len(rows), model.config.num_labels)
-    for number, (indices, ids) in enumerate(evaluation_batches(rows, batch_size, model.config.pad_token_id)):
-        if number % processes.count() == processes.index():
-            logits[indices] = model(input_ids=ids.to(device)).logits.float().cpu()
+    # Counted in tokens: the reviews come from short to long.
+    with progress(sum(map(len, rows)), "judging reviews") as bar:
+        for number, (indices, ids) in enumerate(evaluation_batches(rows, batch_size, model.config.pad_token_id)):
+            if number % processes.count() == processes.index():
+                logits[indices] = model(input_ids=ids.to(device)).logits.float().cpu()
+            bar.update(sum(len(rows[i]) for i in indices))
     logits = processes.total(logits).numpy()
     if not np.isfinite(logits).all():
         raise FloatingPointError("the model's logits are not finite")

@@ -11,6 +11,7 @@ from torch import nn
 from nbhelpers.criteria import CRITERIA
 from nbhelpers.masks import apply_masks, select, unpack
 from nbhelpers.models import Structures, position, prunable_weights
+from nbhelpers.progress import track
 
 Tensors = dict[str, torch.Tensor]
 
@@ -136,7 +137,7 @@ def sensitivity(
     """
     weights = prunable_weights(model)
     rows = [(-1, "none", 0.0, float(evaluate(model)))]
-    for name, score in scores.items():
+    for name, score in track(scores.items(), "pruning one matrix at a time"):
         for sparsity in sparsities:
             masks = select({name: score}, sparsity)
             saved = weights[name].detach().clone()

@@ -5,6 +5,7 @@ from torch import nn
 
 from nbhelpers import processes
 from nbhelpers.models import prunable_layers, prunable_weights, stored_in_out
+from nbhelpers.progress import track
 
 Tensors = dict[str, torch.Tensor]
 
@@ -94,7 +95,8 @@ def calibrate(model: nn.Module, reviews: list[list[int]], labels: list[int], hes
     try:
         model.eval()
         mine = slice(processes.index(), None, processes.count())
-        for ids, label in zip(reviews[mine], labels[mine], strict=True):
+        pairs = list(zip(reviews[mine], labels[mine], strict=True))
+        for ids, label in track(pairs, "calibrating, review by review"):
             model.zero_grad()
             logits = model(input_ids=torch.tensor([ids], device=device)).logits
             nn.functional.cross_entropy(logits, torch.tensor([label], device=device)).backward()

@@ -29,7 +29,7 @@ from nbhelpers.checkpoints import Checkpoints, Standing
 from nbhelpers.data import IMDbDataset, make_loader
 from nbhelpers.models import BLOCK_WEIGHT, blocks
 from nbhelpers.profiles import Profile
-from nbhelpers.workspace import progress
+from nbhelpers.progress import progress
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ import pandas as pd
 import psutil
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from nbhelpers import processes
 from nbhelpers.profiles import Profile
@@ -187,12 +186,6 @@ def throw_away() -> Iterator[Path]:
         yield Path(folder)
 
 
-def progress(total: int, description: str, done: int = 0) -> tqdm:
-    """A progress bar with time left, of the main process; silent in a batch run, whose log would keep each frame."""
-    silent = "NBHELPERS_BATCH" in os.environ or not processes.is_main()
-    return tqdm(total=total, initial=done, desc=description, leave=False, mininterval=0.5, disable=silent)
-
-
 @dataclass(frozen=True)
 class Run:
     """One profile and seed: where its artefacts and reports are, and how to get them back."""
@@ -329,14 +322,18 @@ class Run:
         module, function = LOADERS[kind]
         return getattr(importlib.import_module(module), function)(self.folder(name)).eval()
 
-    def predict(self, name: str, texts: list[str]) -> np.ndarray:
-        """P(positive) [n] of texts, with the run's own cleaning, tokenising and truncation."""
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts, with the run's own cleaning, tokenising and truncation."""
         from nbhelpers.data import clean_text, tokenize
-        from nbhelpers.evaluation import predict_logits
         from nbhelpers.models import load_tokenizer
 
-        encoded = tokenize([clean_text(text) for text in texts], load_tokenizer(self.profile), self.profile)
-        logits = predict_logits(self.load_model(name), encoded, self.profile.eval_batch_size)
+        return tokenize([clean_text(text) for text in texts], load_tokenizer(self.profile), self.profile)
+
+    def predict(self, name: str, texts: list[str]) -> np.ndarray:
+        """P(positive) [n] of texts, with the run's own cleaning, tokenising and truncation."""
+        from nbhelpers.models import predict_logits
+
+        logits = predict_logits(self.load_model(name), self.encode(texts), self.profile.eval_batch_size)
         return torch.as_tensor(logits).softmax(-1)[:, 1].numpy()
 
     # --- reports ---

@@ -1,0 +1,124 @@
+"""What is said of a computation's progress: in a terminal, in a log, in a file for the pipeline, and nowhere."""
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+
+from nbhelpers import execution, progress
+from nbhelpers.progress import LastLine, Lines, track
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    monkeypatch.delenv("NBHELPERS_BATCH")
+    monkeypatch.setattr(progress, "DELAY", 0)
+    monkeypatch.setattr(progress, "IN_LOGS", 0)
+
+
+def test_a_log_gets_whole_lines_without_control_characters(watched, monkeypatch, capsys):
+    assert list(track(range(4), "counting")) == [0, 1, 2, 3]
+    said = capsys.readouterr().err
+    assert "\r" not in said and "\x1b" not in said
+    assert all(re.fullmatch(r"counting: \d+ %, [\d:?]+ left", line) for line in said.splitlines())
+    assert "counting: 50 %" in said
+
+
+def test_what_ends_soon_says_nothing_in_a_log(monkeypatch, capsys):
+    monkeypatch.delenv("NBHELPERS_BATCH")
+    list(track(range(100), "counting"))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_batch_run_that_nobody_follows_is_silent(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "DELAY", 0)
+    assert "NBHELPERS_BATCH" in os.environ
+    list(track(range(3), "counting"))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_followed_run_keeps_its_state_in_a_file_and_leaves_it_empty(watched, monkeypatch, tmp_path, capsys):
+    state = tmp_path / "state"
+    monkeypatch.setenv("NBHELPERS_BATCH", "1")
+    monkeypatch.setenv("NBHELPERS_PROGRESS", str(state))
+    seen = []
+    with progress.progress(4, "counting") as bar:
+        for _ in range(4):
+            bar.update()
+            bar.refresh()
+            seen.append(state.read_text())
+    assert seen[1].startswith("counting: 50 %") and "\r" not in seen[1]
+    assert state.read_text() == "" and capsys.readouterr() == ("", "")
+
+
+def test_what_has_no_known_end_is_named_at_once(watched, monkeypatch, capsys):
+    with progress.progress(None, "fitting"):
+        assert capsys.readouterr().err == "fitting ...\n"
+
+
+def test_the_streams_drop_what_only_clears_a_line(tmp_path):
+    stream = io.StringIO()
+    Lines(stream).write("\r        \r")
+    assert stream.getvalue() == ""
+    LastLine(tmp_path / "state").write("\r   half   ")
+    assert (tmp_path / "state").read_text() == "half"
+
+
+def test_a_terminal_gets_a_bar_that_is_gone_in_the_end():
+    code = (
+        "import time; from nbhelpers import progress; progress.DELAY = 0\n"
+        "for _ in progress.track(range(3), 'counting'): time.sleep(0.6)"
+    )
+    mine, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    environment = {k: v for k, v in os.environ.items() if k != "NBHELPERS_BATCH"} | {"PYTHONPATH": PROJECT}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stderr=theirs, stdout=subprocess.PIPE)
+    said = os.read(mine, 65536).decode()
+    os.close(theirs)
+    os.close(mine)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert re.search(r"counting:\s+33%.*<00:0", said)
+    # The last thing written clears the line.
+    assert said.rstrip("\r").split("\r")[-1].strip() == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def until(condition):
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < 20
+        time.sleep(0.05)
+
+
+def test_the_pipeline_shows_cells_and_computation_in_one_line_of_a_terminal(tmp_path):
+    state, stream = tmp_path / "state", Terminal()
+    with execution.Follower("01_fine_tune", state, stream) as follower:
+        follower.write("\r01_fine_tune |##  | cell 2 of 4")
+        state.write_text("fine-tuning: 40 %, 01:10 left")
+        until(lambda: "40 %" in stream.getvalue())
+    frames = stream.getvalue().split("\r")
+    assert any("cell 2 of 4  fine-tuning: 40 %, 01:10 left" in frame for frame in frames)
+    assert frames[-1] == "\x1b[K" and not state.exists()
+
+
+def test_the_pipeline_says_a_line_now_and_then_in_a_pipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "IN_LOGS", 0)
+    state, stream = tmp_path / "state", io.StringIO()
+    with execution.Follower("01_fine_tune", state, stream) as follower:
+        assert follower.bar is False
+        state.write_text("fine-tuning: 40 %, 01:10 left")
+        until(stream.getvalue)
+    assert "\r" not in stream.getvalue()
+    assert stream.getvalue().splitlines()[0] == f"{'01_fine_tune':22} fine-tuning: 40 %, 01:10 left"
