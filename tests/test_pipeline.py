@@ -492,9 +492,10 @@ def test_the_page_stands_alone_and_its_links_lead_somewhere(call, workspace):
     assert [image["alt"] for image in links.images] == ["A dot <b>"], "captions are escaped and stand as alt texts"
     embedded = links.images[0]["src"].removeprefix("data:image/png;base64,")
     assert base64.b64decode(embedded) == PIXEL
-    local = [link for link in links.found if not link.startswith("data:")]
+    local = [link for link in links.found if link and not link.startswith(("data:", "#"))]
     assert {"notebooks/01_first.html", "notebooks/02_second.html"} <= set(local)
     assert all((reports / link).is_file() for link in local)
+    assert all(f'id="{link[1:]}"' in text for link in links.found if link.startswith("#"))
     assert "What is first?" in text and "A dot &lt;b&gt;" in text
 
 
