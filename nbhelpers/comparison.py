@@ -45,6 +45,7 @@ from nbhelpers.pruning import (
 from nbhelpers.sparse import count_actual_params
 from nbhelpers.workspace import Run
 
+COST = ["latency_ms", "latency_low_ms", "latency_high_ms", "speedup", "peak_memory_bytes"]
 LINES = ("fine_tuned", "fine_tuned_extra")  # the dense model, and the same with the steps of a recovery
 
 
@@ -94,7 +95,9 @@ def comparison_table(run: Run, names: list[str]) -> pd.DataFrame:
                 "active_parameters": size["active"],
                 "encoder_sparsity": size["encoder_sparsity"],
                 "file_bytes": model_bytes(run, name),
-                **cost.loc[name, ["latency_ms", "speedup", "peak_memory_bytes"]].to_dict(),
+                **cost.loc[
+                    name, ["latency_ms", "latency_low_ms", "latency_high_ms", "speedup", "peak_memory_bytes"]
+                ].to_dict(),
                 "p_value": mcnemar(answers_right(run, name, "test"), reference),
             }
         )

@@ -1,104 +1,17 @@
-"""One style, one function per kind of figure; a colour means the same thing in all six notebooks."""
+"""One function per kind of figure; a colour means the same thing in all six notebooks (``nbhelpers.style``)."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
+from nbhelpers.evaluation import wilson_interval
 from nbhelpers.models import position
-from nbhelpers.workspace import Run
+from nbhelpers.style import COLORS, MARKERS, axes, color, describe, label, name_lines, note, show
 
-# Okabe and Ito's palette, told apart by colour-blind readers and by their grey.
-COLORS = {
-    "magnitude": "#0072B2",
-    "movement": "#E69F00",
-    "gradient": "#009E73",
-    "merged": "#CC79A7",
-    "dense": "#333333",
-    "control": "#777777",
-    "sparse": "#D55E00",
-    "compact": "#8A6D00",
-    "student": "#56B4E9",
-    "baseline": "#999999",
-    "random": "#BBBBBB",
-    "taylor": "#882255",
-    "fisher": "#332288",
-    "wanda": "#117733",
-    "movement_first_order": "#999933",
-    "sparsegpt": "#44AA99",
-    "torch_csr": "#661100",
-}
-MARKERS = {"pruned": "o", "recovered": "s", "dense": "D", "sparse": "^", "compact": "P", "student": "v"}
-
-sns.set_theme(context="notebook", style="ticks")
-plt.rcParams |= {
-    "figure.dpi": 100,
-    "savefig.dpi": 130,
-    "savefig.bbox": "tight",
-    "savefig.facecolor": "white",
-    "figure.facecolor": "white",
-    "figure.constrained_layout.use": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": "medium",
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "font.size": 11,
-}
-
-
-def show(run: Run, name: str, figure: Figure, reading: str) -> None:
-    """Save a figure, show it, and under it the sentence that reads it; the sentence goes to the report too."""
-    run.save_figure(name, figure)
-    run.record("captions", **{name: reading})
-    display(figure)
-    plt.close(figure)
-    display(Markdown(reading))
-
-
-def color(name: str, unknown: str | None = COLORS["dense"]) -> str | None:
-    """The colour of a criterion, a model, a stage or an engine: by the first known word in its name."""
-    if name in COLORS:
-        return COLORS[name]
-    words = name.replace("_", " ").split()
-    aliases = {
-        "numba": "sparse",
-        "fine": "dense",
-        "extra": "control",
-        "tf-idf": "baseline",
-        "tfidf": "baseline",
-        "chance": "baseline",
-        "untrained": "baseline",
-    }
-    if "extra" in words:
-        return COLORS["control"]
-    for word in words:
-        word = aliases.get(word.lower(), word.lower())
-        if word in COLORS:
-            return COLORS[word]
-    return unknown
-
-
-def label(name: str) -> str:
-    """A model's or criterion's name as a reader would write it."""
-    return name.replace("_", " ").replace("tfidf", "TF-IDF")
-
-
-def axes(columns: int = 1, rows: int = 1, width: float = 6.4, height: float = 3.6, **options):
-    """A figure and its axes as an array [columns], or [rows, columns]."""
-    figure, grid = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
-    return figure, grid[0] if rows == 1 else grid
-
-
-def note(ax, x: float, value: float, text: str, ha: str = "left") -> None:
-    """A small text on a horizontal line at ``value``; x is a share of the axis."""
-    ax.text(x, value, text, transform=ax.get_yaxis_transform(), va="bottom", ha=ha, fontsize="small")
+__all__ = ["COLORS", "MARKERS", "color", "label", "position", "show"]  # what notebooks take from here
 
 
 def lengths(counts: dict[str, list[int]], max_tokens: int) -> Figure:
@@ -115,24 +28,29 @@ def lengths(counts: dict[str, list[int]], max_tokens: int) -> Figure:
     return figure
 
 
-def learning_curves(curves: dict[str, pd.DataFrame], lines: dict[str, float], title: str) -> Figure:
-    """Training loss (running mean) and validation accuracy over steps, a curve a model, with lines of accuracy."""
+def learning_curves(curves: dict[str, pd.DataFrame], lines: dict[str, float], title: str, reviews: int) -> Figure:
+    """Training loss (running mean) and validation accuracy over steps, a curve a model, with lines of accuracy.
+
+    reviews: how many the accuracy was measured on; its bars are Wilson's intervals.
+    """
     figure, (left, right) = axes(2, width=9)
     for name, curve in curves.items():
         options = {"color": color(name) if len(curves) < 3 else None, "label": label(name)}
         losses = pd.Series(np.concatenate(curve["losses"].to_list()))
         smooth = losses.rolling(max(1, len(losses) // 12), min_periods=1).mean()
         left.plot(np.arange(1, len(losses) + 1), smooth, **options)
-        right.plot(curve["steps"], curve["accuracy"], marker="o", **options)
+        ends = [wilson_interval(np.arange(reviews) < round(a * reviews)) for a in curve["accuracy"]]
+        (line,) = right.plot(curve["steps"], curve["accuracy"], marker="o", **options)
+        right.vlines(curve["steps"], *np.transpose(ends), color=line.get_color(), alpha=0.4)
     right.set_xlim(0, None)
     for name, value in lines.items():
         right.axhline(value, linestyle="--", color=COLORS["baseline"])
         note(right, 0.02, value, name)
     left.set(xlabel="optimizer steps", ylabel="training loss", title=title)
-    right.set(xlabel="optimizer steps", ylabel="validation accuracy")
+    right.set(xlabel="optimizer steps", ylabel="validation accuracy", title="bars: 95 % intervals")
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if len(curves) > 1:
-        left.legend(fontsize="small")
+        name_lines(right)
     return figure
 
 
@@ -197,7 +115,7 @@ def heatmaps(
         ax.tick_params(axis="y", rotation=0)
         ax.set_xlabel("")
         ax.set_xticks(ax.get_xticks(), [str(name) for name in table.columns], rotation=30, ha="right")
-    figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    describe(figure, title)
     return figure
 
 
@@ -209,7 +127,7 @@ def small_tensors(tensors: dict[str, torch.Tensor], title: str) -> Figure:
         fmt = ".0f" if tensor.dtype == torch.bool else ".2f"
         sns.heatmap(array, annot=True, fmt=fmt, cmap="viridis", cbar=False, square=True, ax=ax)
         ax.set(title=name, xticks=[], yticks=[])
-    figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    describe(figure, title)
     return figure
 
 
@@ -231,21 +149,26 @@ def score_distributions(scores: dict[str, dict[str, torch.Tensor]], thresholds: 
     return figure
 
 
-def lines(
-    table: pd.DataFrame, x: str, y: str, hue: str, title: str, xlabel: str, ylabel: str, logx: bool = False
-) -> Figure:
-    """One line per value of ``hue``, with bands where the table has <y>_low and <y>_high, labelled at its end."""
-    figure, (ax,) = axes(width=7.4, height=4)
+def draw_lines(ax, table: pd.DataFrame, x: str, y: str, hue: str) -> None:
+    """One line per value of ``hue``, with bands where the table has <y>_low and <y>_high."""
     for name, part in table.sort_values(x).groupby(hue, sort=False):
         shade = color(str(name), unknown=None)
         (line,) = ax.plot(part[x], part[y], marker="o", color=shade, label=label(str(name)))
         if f"{y}_low" in part:
             ax.fill_between(part[x], part[f"{y}_low"], part[f"{y}_high"], alpha=0.12, color=line.get_color())
+
+
+def lines(
+    table: pd.DataFrame, x: str, y: str, hue: str, title: str, xlabel: str, ylabel: str, logx: bool = False
+) -> Figure:
+    """The lines of ``draw_lines``, each with its name at its end."""
+    figure, (ax,) = axes(width=7.4, height=4)
+    draw_lines(ax, table, x, y, hue)
     if logx:
         ax.set_xscale("log", base=2)
         ax.set_xticks(sorted(table[x].unique()), [f"{v:g}" for v in sorted(table[x].unique())])
-    ax.legend(fontsize="small")
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    name_lines(ax)
     return figure
 
 
@@ -280,13 +203,8 @@ def accuracy_curves(curves: pd.DataFrame, dense: float, control: float | None = 
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     row[0].set_ylabel("validation accuracy")
     row[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    many = curves["criterion"].nunique() > 4
-    place = (
-        {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-        if many
-        else {"loc": "lower left", "bbox_to_anchor": (0, 0.08)}
-    )
-    row[-1 if many else 0].legend(fontsize="small", **place)
+    for ax in row:
+        name_lines(ax)
     return figure
 
 
@@ -294,13 +212,16 @@ def grouped_bars(table: pd.DataFrame, x: str, y: str, hue: str, title: str, ylab
     """Bars by x and hue, with error bars where the table has <y>_low and <y>_high."""
     figure, (ax,) = axes(width=7.4, height=3.8)
     groups, hues = list(dict.fromkeys(table[x])), list(dict.fromkeys(table[hue]))
+    # Shades from light to dark for what has no colour of its own: in grey they stay apart.
+    shades = sns.color_palette("crest", len(hues))
     for i, name in enumerate(hues):
         part = table[table[hue] == name].set_index(x).reindex(groups)
         places = np.arange(len(groups)) + (i - (len(hues) - 1) / 2) * 0.8 / len(hues)
         error = None
         if f"{y}_low" in part:
             error = np.abs(np.stack([part[y] - part[f"{y}_low"], part[f"{y}_high"] - part[y]]))
-        ax.bar(places, part[y], 0.8 / len(hues), yerr=error, capsize=2, label=label(str(name)))
+        shade = color(str(name), unknown=shades[i])
+        ax.bar(places, part[y], 0.8 / len(hues), yerr=error, capsize=2, label=label(str(name)), color=shade)
     many = {"rotation": 30, "ha": "right"} if len(groups) > 5 else {}
     ax.set_xticks(range(len(groups)), [label(str(group)) for group in groups], **many)
     if log:
@@ -329,7 +250,8 @@ def break_even(table: pd.DataFrame, engine: str) -> Figure:
         ax.set(title=f"{size:,} tokens", xlabel="share of weights removed")
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     row[0].set_ylabel("speed, dense product = 1")
-    row[0].legend(fontsize="small", title="features")
+    name_lines(row[-1])
+    describe(figure, "A line is a matrix: features in to features out")
     return figure
 
 
@@ -402,11 +324,13 @@ def compare_and_visualize(comparison: pd.DataFrame) -> dict[str, Figure]:
     )
     figure, (left, right) = axes(2, width=10, height=1 + 0.3 * len(table), sharey=True)
     for ax, column, unit in ((left, "latency_ms", "ms a batch"), (right, "memory_megabytes", "MB, weights included")):
-        ax.barh(table["model"].map(label), table[column], color=[color(name) for name in table["model"]])
-        ax.bar_label(ax.containers[0], fmt="%.1f", padding=3, fontsize=8)
+        spread = [f"{column.removesuffix('_ms')}_{end}_ms" for end in ("low", "high")]
+        error = np.abs(table[spread].to_numpy().T - table[column].to_numpy()) if set(spread) <= set(table) else None
+        ax.barh(table["model"].map(label), table[column], xerr=error, color=[color(name) for name in table["model"]])
+        ax.bar_label(ax.containers[-1], fmt="%.1f", padding=3, fontsize=8)
         ax.set_xlabel(unit)
     left.invert_yaxis()
-    left.set_title("Time of one iteration")
+    left.set_title("Time of one iteration, with quartiles")
     right.set_title("Peak memory of one iteration")
     return {
         "accuracy_size": tradeoff(table, "megabytes", "file size, MB", "Accuracy against size"),
@@ -444,21 +368,11 @@ def overlap_along_training(table: pd.DataFrame) -> Figure:
 
     table: of ``stability.along_training``. The axis is logarithmic from step 1 on; step 0 stands beside it.
     """
-    figure = lines(
-        table,
-        "step",
-        "overlap",
-        "criterion",
-        "How early is it known which weights can go?",
-        "optimizer steps",
-        "share that is flagged in the end too",
-    )
-    ax = figure.axes[0]
+    figure, (ax,) = axes(width=7.4, height=4)
+    draw_lines(ax, table, "step", "overlap", "criterion")
     for name, part in table.sort_values("step").groupby("criterion", sort=False):
         ax.plot(part["step"], part["chance_by_layer"], ":", color=color(name), linewidth=1.2)
-    ax.plot([], [], ":", color=COLORS["baseline"], label="chance, matrix by matrix")
-    ax.axhline(table["chance"].mean(), linestyle="--", color=COLORS["baseline"], zorder=0, label="chance")
-    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.axhline(table["chance"].mean(), linestyle="--", color=COLORS["baseline"], zorder=0)
     ax.set_xscale("symlog", base=2, linthresh=1)
     # The last step is no power of two: without a label too near to its own.
     last = table["step"].max()
@@ -467,6 +381,9 @@ def overlap_along_training(table: pd.DataFrame) -> Figure:
     ax.set_xlim(-0.3, None)
     ax.minorticks_off()
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.set(xlabel="optimizer steps", ylabel="share that is flagged in the end too")
+    ax.set_title("dashed: chance; dotted: chance, matrix by matrix")
+    name_lines(ax)
     return figure
 
 
@@ -505,7 +422,7 @@ def dropped_neurons(shares: pd.DataFrame) -> Figure:
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_formatter(PercentFormatter(1, decimals=0))
     row[0].legend(fontsize="small")
-    figure.suptitle("How much of each neuron is dropped", x=0.01, ha="left", fontsize="medium")
+    describe(figure, "How much of each neuron is dropped")
     return figure
 
 
@@ -603,5 +520,5 @@ def rivals(table: pd.DataFrame, title: str) -> Figure:
     ax.axhline(0, color=COLORS["merged"], linestyle="--")
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.set(xlabel="share of block weights removed", ylabel="points of accuracy, 95 % interval", title=title)
-    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    name_lines(ax)
     return figure

@@ -305,8 +305,8 @@ def forget_metrics(run: Run, stage: Stage) -> None:
 def count_written(run: Run, since: float) -> str:
     """What a stage that began at ``since`` wrote, in words: ``"5 figures, 1 table, 2 models"``."""
     counts = {}
-    for kind in ("figure", "table"):
-        counts[kind] = sum(path.stat().st_mtime >= since for path in (run.reports / f"{kind}s").glob("*.*"))
+    for kind, suffix in {"figure": "png", "table": "csv"}.items():
+        counts[kind] = sum(path.stat().st_mtime >= since for path in (run.reports / f"{kind}s").glob(f"*.{suffix}"))
     folders = {name: run.artifacts / name / "artifact.json" for name in artifacts(run)}
     made = [name for name, path in folders.items() if path.stat().st_mtime >= since]
     counts["model"] = sum(run.artifact(name)["kind"] in LOADERS for name in made)

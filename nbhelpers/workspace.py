@@ -50,6 +50,8 @@ BUILT_HERE: set[Path] = set()
 BUILDING: dict[Path, tuple[Path, str]] = {}
 # Names of metrics that hang on how fast a machine is at a moment: the nearest rival is chosen by its speed.
 TIMED = re.compile(r"minutes|seconds|speedup|latency|limits|_rival$")
+# Kinds of files of a figure, and how each is saved; without a date, so that the same figure is the same file.
+FIGURES = {"png": {}, "svg": {"metadata": {"Date": None}}}
 TENSORS = "tensors.safetensors"  # the file of an artefact's tensors that are not a model's weights
 
 
@@ -397,12 +399,13 @@ class Run:
         return pd.read_csv(path)
 
     def save_figure(self, name: str, figure) -> None:
-        """Write ``figures/<name>.png``; the figure stays open, so that the notebook shows it."""
-        path = self.reports / "figures" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        figure.savefig(partial, format="png")
-        partial.replace(path)
+        """Write ``figures/<name>.png`` and ``.svg``; the figure stays open, so that the notebook shows it."""
+        for kind, options in FIGURES.items():
+            path = self.reports / "figures" / f"{name}.{kind}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".partial")
+            figure.savefig(partial, format=kind, **options)
+            partial.replace(path)
 
 
 def plain_value(value):

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from nbhelpers import plots
+from nbhelpers import plots, style
 from nbhelpers.plots import COLORS, color
 from nbhelpers.profiles import get_profile
 from nbhelpers.workspace import open_run
@@ -110,7 +110,7 @@ def test_lengths_marks_the_limit():
 def test_learning_curves_show_loss_accuracy_and_reference_lines():
     curve = pd.DataFrame({"steps": [2, 4], "loss": [0.7, 0.4], "accuracy": [0.6, 0.8]})
     curve["losses"] = [[0.8, 0.6], [0.5, 0.3]]
-    figure = drawn(plots.learning_curves({"fine_tuned": curve, "student_2": curve}, {"chance": 0.5}, "title"))
+    figure = drawn(plots.learning_curves({"fine_tuned": curve, "student_2": curve}, {"chance": 0.5}, "title", 40))
     left, right = figure.axes
     # Fewer than twelve steps: the running mean is of one step, the losses themselves.
     assert [line.get_xdata().tolist() for line in left.lines] == [[1, 2, 3, 4]] * 2
@@ -119,13 +119,16 @@ def test_learning_curves_show_loss_accuracy_and_reference_lines():
     assert right.lines[2].get_ydata()[0] == 0.5
     assert left.lines[0].get_color() == COLORS["dense"]
     assert left.lines[1].get_color() == COLORS["student"]
-    drawn(plots.learning_curves({"a": curve}, {}, "one curve, no lines"))
+    # Wilson's interval of 24 of 40, by hand.
+    bars = right.collections[0].get_segments()
+    assert bars[0][:, 1] == pytest.approx([0.4460, 0.7365], abs=1e-4)
+    drawn(plots.learning_curves({"a": curve}, {}, "one curve, no lines", 40))
 
 
 def test_the_loss_curve_of_a_long_training_is_a_running_mean():
     losses = np.random.default_rng(0).random(48)
     curve = pd.DataFrame({"steps": [24, 48], "accuracy": [0.6, 0.8], "losses": [losses[:24], losses[24:]]})
-    (line,) = plots.learning_curves({"fine_tuned": curve}, {}, "title").axes[0].lines
+    (line,) = plots.learning_curves({"fine_tuned": curve}, {}, "title", 40).axes[0].lines
     expected = [losses[max(0, i - 3) : i + 1].mean() for i in range(48)]
     assert line.get_ydata() == pytest.approx(expected)
 
@@ -282,7 +285,7 @@ def test_compare_and_visualize_gives_the_three_figures_of_a_comparison():
 def test_show_saves_the_figure_and_its_reading_and_closes_it(tmp_path, monkeypatch):
     monkeypatch.setenv("NBHELPERS_ROOT", str(tmp_path))
     shown = []
-    monkeypatch.setattr(plots, "display", shown.append)
+    monkeypatch.setattr(style, "display", shown.append)
     run = open_run(get_profile("smoke"), 0)
     figure = plots.confusion(np.eye(2, dtype=int), ["negative", "positive"])
     plots.show(run, "confusion", figure, "Half of them are right.")
@@ -290,6 +293,10 @@ def test_show_saves_the_figure_and_its_reading_and_closes_it(tmp_path, monkeypat
     assert json.loads((run.reports / "results.json").read_text())["captions"] == {
         "confusion": "Half of them are right."
     }
+    svg = (run.reports / "figures" / "confusion.svg").read_text()
+    assert "Half of them are right<" in svg and "<dc:date>" not in svg
+    plots.show(run, "again", plots.confusion(np.eye(2, dtype=int), ["negative", "positive"]), "Half of them are right.")
+    assert (run.reports / "figures" / "again.svg").read_text() == svg
     assert shown[0] is figure
     assert not plt.fignum_exists(figure.number)
 
@@ -476,3 +483,44 @@ def test_rivals_are_drawn_in_points_with_a_line_a_rival_and_an_interval_a_sparsi
     intervals = sorted(tuple(segment[:, 1]) for part in ax.collections for segment in part.get_segments())
     assert np.array(intervals) == pytest.approx(np.array([(-2, 0), (1, 3), (3, 7), (8, 12)]))
     assert ax.lines[-1].get_ydata() == pytest.approx([0, 0]), "a draw"
+
+
+# --- titles and names ---
+
+
+@pytest.mark.parametrize(
+    ("reading", "title"),
+    [
+        ("at 90%, it keeps 3.5 points. The rest.", "At 90%, it keeps 3.5 points"),
+        ("`a.b` gains 2 (p = 0.03); the others lose.", "A.b gains 2 (p = 0.03)"),
+        ("Only one sentence", "Only one sentence"),
+    ],
+)
+def test_a_figure_is_titled_by_the_first_sentence_of_its_reading(reading, title):
+    assert style.finding_of(reading) == title
+
+
+def test_a_long_title_takes_lines_and_height():
+    figure, _ = style.axes(width=5)
+    before = figure.get_size_inches()[1]
+    style.head(figure, "word " * 30)
+    assert figure.get_suptitle().count("\n") >= 1 and figure.get_size_inches()[1] > before
+
+
+@pytest.mark.parametrize("heights", [[0.5, 0.5, 0.5], [0.9, 1.0, 0.95, 0.1], [0.0, 0.02], [0.3], []])
+def test_names_are_spread_until_none_overlaps(heights):
+    found = style.spread(heights, 0.1)
+    assert np.all(np.diff(sorted(found)) >= 0.1 - 1e-9) and all(f <= 1.0001 for f in found)
+    assert np.array_equal(np.argsort(found, kind="stable"), np.argsort(heights, kind="stable"))
+
+
+def test_names_that_have_room_stay_where_their_lines_end():
+    assert style.spread([0.1, 0.5, 0.9], 0.1) == [0.1, 0.5, 0.9]
+
+
+def test_lines_are_named_at_their_ends_and_have_no_legend():
+    table = pd.DataFrame({"x": [1, 2, 1, 2], "y": [0.0, 1.0, 0.0, 3.0], "who": ["a_b", "a_b", "c", "c"]})
+    (ax,) = drawn(plots.lines(table, "x", "y", "who", "title", "x", "y")).axes
+    assert ax.get_legend() is None
+    names = {text.get_text(): text.xy for text in ax.texts}
+    assert names == {"a b": (2, 1.0), "c": (2, 3.0)}
