@@ -27,10 +27,11 @@ from nbhelpers.stages import STAGES, in_order
 from nbhelpers.workspace import Run, WorkspaceError, open_run, write_text
 
 README = Path(__file__).parent.parent / "README.md"
-START, END = "<!-- generated:start -->", "<!-- generated:end -->"
+RESULTS = ("<!-- generated:start -->", "<!-- generated:end -->")
+FRONT = ("<!-- front:start -->", "<!-- front:end -->")
 MEASURED = ("<!-- measured:start -->", "<!-- measured:end -->")
 BENCHMARK = README.parent / "reports" / "benchmark"
-README_FIGURES = ("03_recovered", "06_rivals", "06_accuracy_latency")
+README_FRONT, README_FIGURES = "06_accuracy_latency", ("03_recovered", "06_rivals")
 # Of the comparison's columns, what a second table says.
 IN_SHORT = ("model", "accuracy", "sparsity", "file, MB", "speed-up", "p")
 
@@ -77,19 +78,32 @@ def made_with(run: Run, results: dict) -> str:
     return f"profile `{run.profile.name}`, {seeds}, {results['run']['versions']['device']}"
 
 
+def pictured(run: Run, name: str) -> list[str]:
+    """A figure and its reading in Markdown. Raises ``WorkspaceError`` where it is missing."""
+    path = run.reports / "figures" / f"{name}.png"
+    if not path.is_file():
+        raise WorkspaceError(f"{path} is missing: run notebook {name[:2]}")
+    caption = run.results().get("captions", {}).get(name, name.replace("_", " "))
+    return [f"![{caption}](reports/{run.reports.name}/figures/{name}.png)", "", caption, ""]
+
+
+def front_block(run: Run) -> str:
+    """What the README begins with: the headline and one picture. Raises ``WorkspaceError`` before notebook 06."""
+    said = headline(run.results())
+    if not said:
+        raise WorkspaceError(f"{run.reports} has no comparison: run notebook 06")
+    return "\n".join([said, "", *pictured(run, README_FRONT)]).strip()
+
+
 def readme_block(run: Run) -> str:
-    """The generated part of the README. Raises ``WorkspaceError`` when the run lacks something that it shows."""
+    """The README's results. Raises ``WorkspaceError`` when the run lacks something that they show."""
     header, rows = comparison_cells(run)
     results = run.results()
-    if not rows or not headline(results) or not finding(results):
+    if not rows or not finding(results):
         raise WorkspaceError(f"{run.reports} has no comparison or no finding: run notebook 06")
-    lines = [headline(results), "", "### The finding", "", finding(results), ""]
+    lines = ["### The finding", "", finding(results), ""]
     for name in README_FIGURES:
-        path = run.reports / "figures" / f"{name}.png"
-        if not path.is_file():
-            raise WorkspaceError(f"{path} is missing: run notebook {name[:2]}")
-        caption = results.get("captions", {}).get(name, name.replace("_", " "))
-        lines += [f"![{caption}](reports/{run.reports.name}/figures/{name}.png)", "", caption, ""]
+        lines += pictured(run, name)
     lines += ["### Every model, side by side", "", *markdown_table(header, rows), ""]
     lines.append(f"{LEGEND} Models of the first seed; {made_with(run, results)}.")
     return "\n".join(lines + default_run(run))
@@ -164,22 +178,24 @@ def full_size_block() -> str:
     return "\n".join([*lines, selection_line(selection)])
 
 
-def write_between(path: Path, start: str, end: str, block: str) -> None:
-    """Put a block between two marker lines of a file. Raises ``WorkspaceError`` when it has none."""
+def write_between(path: Path, blocks: dict[tuple[str, str], str]) -> None:
+    """Put blocks between the marker lines of a file, all or none. Raises ``WorkspaceError`` when it lacks a marker."""
     text = path.read_text(encoding="utf-8")
-    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-        raise WorkspaceError(f"{path} needs the lines {start} and {end}, once each and in this order")
-    write_text(path, f"{text.split(start)[0]}{start}\n{block}\n{end}{text.split(end)[1]}")
+    for (start, end), block in blocks.items():
+        if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+            raise WorkspaceError(f"{path} needs the lines {start} and {end}, once each and in this order")
+        text = f"{text.split(start)[0]}{start}\n{block}\n{end}{text.split(end)[1]}"
+    write_text(path, text)
 
 
 def write_readme(run: Run, path: Path = README) -> None:
     """Write what a run has shown into the README. Raises ``WorkspaceError`` when one of the two lacks something."""
-    write_between(path, START, END, readme_block(run))
+    write_between(path, {FRONT: front_block(run), RESULTS: readme_block(run)})
 
 
 def write_measured(path: Path = README) -> None:
     """Write what was measured at full size into the README. Raises ``WorkspaceError`` where that is missing."""
-    write_between(path, *MEASURED, full_size_block())
+    write_between(path, {MEASURED: full_size_block()})
 
 
 def main() -> None:

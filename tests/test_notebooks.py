@@ -189,6 +189,6 @@ def test_the_page_and_the_readme_show_the_finding(run, tmp_path):
     assert "2 seeds" in finding and finding.count("\n- **") >= 5
     assert "<h2>The finding</h2>" in (run.reports / "index.html").read_text()
     readme = tmp_path / "README.md"
-    readme.write_text(f"{page.START}\n{page.END}\n")
+    readme.write_text("\n".join((*page.FRONT, *page.RESULTS)))
     page.write_readme(run, readme)
     assert finding in readme.read_text() and "TF-IDF" in readme.read_text()

@@ -544,23 +544,24 @@ def compared(workspace):
     run.record("captions", **{name: f"Caption of {name}" for name in page.README_FIGURES})
     run.save_table("comparison", pd.DataFrame([MODEL, sparse | {"p_value": 0.0001}]))
     (run.reports / "figures").mkdir()
-    for name in page.README_FIGURES:
+    for name in (page.README_FRONT, *page.README_FIGURES):
         (run.reports / "figures" / f"{name}.png").write_bytes(PIXEL)
     return run
 
 
 def test_the_readme_is_rewritten_between_its_markers_only(compared, tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"Before\n{page.START}\nold\n{page.END}\nAfter\n")
+    path.write_text("Before\n{}\nold\n{}\nBetween\n{}\nold\n{}\nAfter\n".format(*page.FRONT, *page.RESULTS))
     page.write_readme(compared, path)
     once = path.read_text()
     page.write_readme(compared, path)
     assert path.read_text() == once
-    assert once.startswith(f"Before\n{page.START}\n") and once.endswith(f"{page.END}\nAfter\n") and "old" not in once
+    assert once.startswith(f"Before\n{page.FRONT[0]}\n") and once.endswith(f"{page.RESULTS[1]}\nAfter\n")
+    assert "old" not in once and f"{page.FRONT[1]}\nBetween\n{page.RESULTS[0]}\n" in once
     plain = once.replace("\N{NO-BREAK SPACE}", " ")
     assert "1,000 test reviews the fine-tuned model gets 90.0 % (88.0 to 92.0) right" in plain
     assert "runs 2.2 times as fast and takes 2.50 MB on disk instead of 7.00" in plain
-    assert all(f"](reports/smoke/figures/{name}.png)" in once for name in page.README_FIGURES)
+    assert all(f"](reports/smoke/figures/{name}.png)" in once for name in (page.README_FRONT, *page.README_FIGURES))
     assert (
         "gets 86.2 %; against it the fine-tuned model is at -2.9 points (-5.2 to -0.5, p = 0.021; over 2 seeds)."
         in plain
@@ -574,7 +575,7 @@ def test_the_readme_is_rewritten_between_its_markers_only(compared, tmp_path):
 
 def test_the_readme_leads_with_thorough_once_it_has_a_finding(compared, workspace, tmp_path, monkeypatch):
     path = tmp_path / "README.md"
-    path.write_text(f"{page.START}\n{page.END}\n")
+    path.write_text("\n".join((*page.FRONT, *page.RESULTS)))
     monkeypatch.setattr(page, "README", path)
     monkeypatch.setattr(page.write_readme, "__defaults__", (path,))
     monkeypatch.setattr(page, "write_measured", lambda: None)
@@ -605,11 +606,18 @@ def test_a_readme_without_a_finding_is_refused(compared):
     assert "The finding" not in page.write_index(compared).read_text()
 
 
-@pytest.mark.parametrize("text", ["no markers", f"{page.END} {page.START}", f"{page.START}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no markers",
+        " ".join((*page.FRONT, *reversed(page.RESULTS))),
+        " ".join((*page.FRONT, page.RESULTS[0])),
+    ],
+)
 def test_a_readme_without_markers_is_refused(compared, tmp_path, text):
     path = tmp_path / "README.md"
     path.write_text(text)
-    with pytest.raises(WorkspaceError, match="generated:start"):
+    with pytest.raises(WorkspaceError, match=r"(front|generated):start"):
         page.write_readme(compared, path)
     assert path.read_text() == text
 
