@@ -28,7 +28,7 @@ NOTEBOOKS = PACKAGE.parent / "notebooks"
 
 # Files that no notebook's result depends on: a new line in the report must not make hours of training stale.
 NOT_IN_RESULTS = ("stages.py", "pipeline.py", "execution.py", "page.py", "pretrain.py", "grid.py", "full_size.py")
-NOT_IN_RESULTS += ("lock.py", "progress.py", "panels.py", "attribution.py", "report.py", "picture.py")
+NOT_IN_RESULTS += ("lock.py", "progress.py", "panels.py", "attribution.py", "report.py", "picture.py", "exercises.py")
 
 
 @dataclass(frozen=True)

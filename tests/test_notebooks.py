@@ -12,7 +12,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from nbhelpers import page
+from nbhelpers import exercises, page
 from nbhelpers.experiments import runs_of
 from nbhelpers.profiles import get_profile
 from nbhelpers.stages import NOTEBOOKS, STAGES, artifacts, broken_promises, parameters_of, promised_files
@@ -22,6 +22,8 @@ PROJECT = Path(__file__).parent.parent
 # What nobody wants to wait for in a notebook that --jobs has prepared.
 HEAVY = ("fine_tuned", "calibration", "scores_", "pruned_", "recover", "gradual", "taught", "structured_", "student_")
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
+EXERCISE = re.compile(r"### Exercise (\d) \*\((easy|medium|hard)\)\*: \w.*\n\n.*\n\n\*\*Answer:\*\* .*\.")
+CHECK = re.compile(r"exercises\.(check_\w+)\(")
 pytestmark = pytest.mark.skipif(not PATHS, reason="the folder notebooks/ has no notebooks yet")
 
 
@@ -32,6 +34,16 @@ def notebook(request):
 
 def code_of(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tagged(notebook, tag):
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+def exercises_of(notebook):
+    """(task, cell for the answer, solution) of each exercise: three cells that follow each other."""
+    tasks = [i for i, cell in enumerate(notebook.cells) if cell.source.startswith("### Exercise")]
+    return [notebook.cells[i : i + 3] for i in tasks]
 
 
 def test_there_is_a_notebook_for_each_stage_and_no_other():
@@ -76,6 +88,49 @@ def test_its_cells_are_small(notebook):
 def test_it_begins_with_a_title_and_a_question(notebook):
     first = notebook.cells[0]
     assert first.cell_type == "markdown" and first.source.startswith("# ") and "Question" in first.source
+
+
+def test_it_says_what_one_can_do_after_it_and_what_it_takes(notebook):
+    first = notebook.cells[0].source
+    objectives = re.search(r"^\*\*After this notebook you can\*\* (.*)\.$", first, re.MULTILINE)[1]
+    assert 3 <= len(re.findall(r"\*\w+\*", objectives)) <= 5
+    rows = re.findall(r"^\| \*\*(.+?)\*\* \| (.+) \|$", first, re.MULTILINE)
+    assert [name for name, _ in rows] == ["Reads", "Writes", "Time", "You need"]
+    assert "minute" in dict(rows)["Time"]
+
+
+def test_it_asks_before_it_shows(notebook):
+    asking = [i for i, cell in enumerate(notebook.cells) if "> **Predict first.** " in cell.source]
+    assert len(asking) >= 2
+    for i in asking:
+        question = notebook.cells[i].source.split("> **Predict first.** ")[1]
+        assert "?" in question
+        assert notebook.cells[i].source.endswith(question), "nothing stands between a question and what answers it"
+        assert any(cell.cell_type == "code" for cell in notebook.cells[i + 1 : i + 4])
+
+
+def test_its_exercises_have_a_task_a_cell_for_the_answer_and_a_solution(notebook):
+    found = exercises_of(notebook)
+    headings = [EXERCISE.fullmatch(task.source) for task, *_ in found]
+    assert 3 <= len(found) <= 6 and all(headings)
+    assert [int(heading[1]) for heading in headings] == list(range(1, len(found) + 1))
+    assert {heading[2] for heading in headings} == {"easy", "medium", "hard"}
+    for number, (_, answer, solution) in enumerate(found, 1):
+        *lines, last = answer.source.splitlines()
+        assert answer.metadata == {"tags": ["exercise"]} and lines.count("answer = ...") == 1
+        assert any(line.startswith("# Hint: ") for line in lines)
+        assert last.startswith("exercises.check_") and last.endswith(";"), "or the notebook would show True or False"
+        folded = {"source_hidden": True, "outputs_hidden": True}
+        assert solution.metadata == {"tags": ["solution"], "jupyter": folded}
+        assert solution.source.startswith(f"# Solution to exercise {number}")
+        assert CHECK.findall(answer.source) == CHECK.findall(solution.source) and len(CHECK.findall(last)) == 1
+    assert len(tagged(notebook, "exercise")) == len(tagged(notebook, "solution")) == len(found)
+
+
+def test_every_check_is_used_in_exactly_one_notebook():
+    used = [set(CHECK.findall(path.read_text(encoding="utf-8"))) for path in PATHS]
+    checks = {name for name in vars(exercises) if name.startswith("check_")}
+    assert set().union(*used) == checks and sum(map(len, used)) == len(checks)
 
 
 # --- all six, once ---
@@ -145,6 +200,19 @@ def test_no_executed_notebook_shows_an_error_or_this_machine(run, executed):
         assert all(cell.execution_count for cell in code_of(notebook))
         assert str(executed[0]) not in path.read_text() and str(PROJECT) not in path.read_text()
     assert sum(path.stat().st_size for path in run.reports.rglob("*") if path.is_file()) < 25e6
+
+
+def test_every_exercise_waits_for_an_answer_and_every_solution_is_right(run):
+    for name in STAGES:
+        path = run.reports / "notebooks" / f"{name}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        for cell in tagged(notebook, "exercise"):
+            assert [(output.output_type, output.text) for output in cell.outputs] == [("stream", "Not answered yet\n")]
+        for cell in tagged(notebook, "solution"):
+            said = "".join(output.get("text", "") for output in cell.outputs)
+            assert re.search(r"^Right: ", said, re.MULTILINE), f"{name}: {cell.source}"
+            assert "Not yet" not in said
+        assert not any(exercises.right_answers(path))
 
 
 def test_the_comparison_has_a_row_for_every_kind_of_model(run):
