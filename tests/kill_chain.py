@@ -1,6 +1,7 @@
 """Kill a run at random moments, go on each time, and compare what it ends with to a run that was left alone.
 
     .venv/bin/python tests/kill_chain.py --profile quick --kills 20 --folder /tmp/killed
+    .venv/bin/python tests/kill_chain.py ... --left-alone .       # a workspace that has been run already
 
 Whatever hangs on how fast the machine was is left out of the comparison: times, and which engine a sparse layer was
 given. All else has to be equal: weights, scores and answers bit for bit, tables and metrics to the last digit.
@@ -71,6 +72,12 @@ def run_and_kill(arguments: argparse.Namespace, root: Path, usual: float) -> int
         return killed
 
 
+def minutes_of(root: Path, profile: str) -> float:
+    """How long the notebooks of a finished run have taken, from what is on record of them."""
+    records = [json.loads(path.read_text()) for path in (root / ".artifacts" / profile).glob("seed-0/stages/*.json")]
+    return sum(record["minutes"] for record in records)
+
+
 def last_line(root: Path) -> str:
     lines = (root / "log.txt").read_text().splitlines()
     return lines[-1] if lines else "before its first line"
@@ -130,14 +137,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, required=True, help="for the two workspaces; kept")
+    parser.add_argument("--left-alone", type=Path, help="the workspace of a run that has ended; else one is made")
     arguments = parser.parse_args()
-    whole, broken = arguments.folder / "left-alone", arguments.folder / "killed"
-    started = time.time()
-    if start(arguments, whole).wait():
+    whole, broken = arguments.left_alone or arguments.folder / "left-alone", arguments.folder / "killed"
+    if not arguments.left_alone and start(arguments, whole).wait():
         sys.exit(f"the run that was left alone failed: see {whole / 'log.txt'}")
-    usual = time.time() - started
-    print(f"left alone: {usual / 60:.1f} minutes", flush=True)
-    killed = run_and_kill(arguments, broken, usual)
+    usual = minutes_of(whole, arguments.profile)
+    print(f"left alone: {usual:.1f} minutes", flush=True)
+    killed = run_and_kill(arguments, broken, 60 * usual)
     expected, found = (everything(root, arguments.profile) for root in (whole, broken))
     differ = []
     for kind, values in expected.items():

@@ -1,11 +1,14 @@
 """The committed notebooks: their form, and all six through the pipeline at profile smoke."""
 
+import contextlib
 import datetime
 import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -180,7 +183,8 @@ def test_the_notebooks_find_what_the_cells_have_computed(run):
 def test_every_promise_is_kept_and_nothing_unpromised_is_written(run):
     for stage in STAGES.values():
         assert broken_promises(run, stage) == []
-    figures = {path.stem for path in (run.reports / "figures").iterdir()}
+    figures = {path.stem for path in (run.reports / "figures").glob("*.png")}
+    assert {path.stem for path in (run.reports / "figures").glob("*.svg")} == figures
     tables = {path.stem for path in (run.reports / "tables").iterdir()}
     promised = [path for stage in STAGES.values() for path in promised_files(run, stage)]
     assert figures == {path.stem for path in promised if path.suffix == ".png"}
@@ -260,3 +264,99 @@ def test_the_page_and_the_readme_show_the_finding(run, tmp_path):
     readme.write_text("\n".join((*page.FRONT, *page.RESULTS)))
     page.write_readme(run, readme)
     assert finding in readme.read_text() and "TF-IDF" in readme.read_text()
+
+
+# --- in JupyterLab ---
+
+BEGIN = """from nbhelpers import attribution, panels
+from nbhelpers.profiles import get_profile
+from nbhelpers.workspace import open_run
+
+run = open_run(get_profile("smoke"))"""
+
+
+def panel_cells():
+    """The cells of all notebooks that show a panel and need nothing but the run."""
+    cells = [cell for path in PATHS for cell in nbformat.read(path, as_version=4).cells]
+    sources = [cell.source for cell in cells if "panel" in cell.metadata.get("tags", [])]
+    return [s for s in sources if s.startswith("panels.") or s == 'attribution.review_box(run, "fine_tuned")']
+
+
+@contextlib.contextmanager
+def jupyter_lab(folder, root):
+    """A JupyterLab that serves a folder, for the workspace ``root``; gives its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if name != "NBHELPERS_BATCH"}
+    environment |= {"NBHELPERS_ROOT": str(root), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    # Neither settings nor kernels of whoever runs the tests.
+    environment |= {"JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_DATA_DIR": str(folder / "data")}
+    options = ["--no-browser", "--allow-root", f"--port={port}", f"--ServerApp.root_dir={folder}"]
+    options += ["--IdentityProvider.token=secret", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None"]
+    with (folder / "log.txt").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        started = time.monotonic()
+        while time.monotonic() - started < 60:
+            assert server.poll() is None, (folder / "log.txt").read_text()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/lab/tree/panels.ipynb?token=secret"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def lab(executed, browser, tmp_path_factory):
+    """A page of JupyterLab in which all panels have been run on the smoke run; their cells come in order."""
+    folder = tmp_path_factory.mktemp("lab")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in (BEGIN, *panel_cells())])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, folder / "panels.ipynb")
+    with jupyter_lab(folder, executed[0]) as address:
+        page = browser.new_page(viewport={"width": 1300, "height": 1000})
+        page.goto(address)
+        idle = "window.jupyterapp && document.querySelector('#jp-main-statusbar')?.innerText.includes('| Idle')"
+        page.wait_for_function(idle, timeout=60_000)
+        page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+        page.wait_for_selector(".widget-textarea textarea", timeout=120_000)
+        yield page
+        page.close()
+
+
+def test_there_is_a_panel_of_each_kind():
+    kinds = {source.split("(")[0] for source in panel_cells()}
+    assert kinds == {f"panels.{name}_panel" for name in ("criteria", "sparsity", "latency", "temperature")} | {
+        "attribution.review_box"
+    }
+
+
+@pytest.mark.parametrize("name", ["criteria", "sparsity", "latency", "temperature"])
+def test_a_panel_follows_its_slider_in_jupyterlab(lab, name):
+    number = next(i for i, source in enumerate(panel_cells(), 1) if name in source)
+    cell = lab.locator(".jp-CodeCell").nth(number)
+    image, handle = cell.locator("img.widget-image"), cell.locator(".noUi-handle").first
+    image.scroll_into_view_if_needed()
+    before = image.get_attribute("src")
+    assert image.evaluate("image => image.naturalWidth") > 500
+    handle.focus()
+    # To wherever there is room.
+    handle.press("Home" if handle.get_attribute("aria-valuenow") != handle.get_attribute("aria-valuemin") else "End")
+    changed = "([image, before]) => image.getAttribute('src') != before && image.complete && image.naturalWidth"
+    lab.wait_for_function(changed, arg=[image.element_handle(), before], timeout=20_000)
+    assert cell.locator(".jp-OutputArea-output[data-mime-type*=stderr], .jp-RenderedText .ansi-red-fg").count() == 0
+
+
+def test_the_box_answers_a_review_in_jupyterlab(lab):
+    cell = lab.locator(".jp-CodeCell").nth(1 + panel_cells().index('attribution.review_box(run, "fine_tuned")'))
+    cell.scroll_into_view_if_needed()
+    cell.locator(".widget-textarea textarea").fill("A <b>dull</b> film.")
+    cell.get_by_role("button", name="ask the models").click()
+    cell.get_by_text("<b>dull</b>").first.wait_for(timeout=20_000)
+    assert "fine tuned" in cell.locator(".widget-html").inner_text()
+    assert cell.locator(".widget-html b", has_text="dull").count() == 0
