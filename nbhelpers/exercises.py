@@ -174,8 +174,8 @@ def compare(answer, wanted: str, right: float, mistakes: dict, look: str, tolera
 
 def equal(a: Tensors, b: Tensors) -> bool:
     """Whether two dicts hold the same numbers but for rounding, which may upset one in a hundred that is near zero."""
-    alike = [((a[n].double() - b[n].double()).abs() <= 0.01 * b[n].double().abs()).flatten() for n in b]
-    return float(torch.cat(alike).double().mean()) >= 0.99
+    alike = sum(int(((a[n].double() - b[n].double()).abs() <= 0.01 * b[n].double().abs()).sum()) for n in b)
+    return alike >= 0.99 * sum(tensor.numel() for tensor in b.values())
 
 
 def match(found, right, mistakes: dict, look: str, same: Callable) -> None:
@@ -370,15 +370,16 @@ def check_product(answer, weights: Tensors, statistics: dict[str, Tensors]):
     found, gradient = by_name(answer, weights, tensor, "tensor"), statistics["mean_abs_gradient"]
     before, calibration = statistics["pretrained"], statistics["calibration_gradient"]
     right = {n: w.abs() * gradient[n] for n, w in weights.items()}
+    # Functions: of a large model, all of these at once would need a lot of memory.
     mistakes = {
-        SIGNED: {n: w * gradient[n] for n, w in weights.items()},
-        "these are the gradients of the calibration pass (Taylor); asked are those of fine-tuning": {
+        SIGNED: lambda: {n: w * gradient[n] for n, w in weights.items()},
+        "these are the gradients of the calibration pass (Taylor); asked are those of fine-tuning": lambda: {
             n: w.abs() * calibration[n] for n, w in weights.items()
         },
-        "these are the weights before fine-tuning": {n: w.abs() * gradient[n] for n, w in before.items()},
-        "that is the square of it": {n: score.square() for n, score in right.items()},
-        "that is the sum of the two: asked is the product": {n: w.abs() + gradient[n] for n, w in weights.items()},
-        "that is the magnitude alone": {n: w.abs() for n, w in weights.items()},
+        "these are the weights before fine-tuning": lambda: {n: w.abs() * gradient[n] for n, w in before.items()},
+        "that is the square of it": lambda: {n: score.square() for n, score in right.items()},
+        "that is the sum of the two, not the product": lambda: {n: w.abs() + gradient[n] for n, w in weights.items()},
+        "that is the magnitude alone": lambda: {n: w.abs() for n, w in weights.items()},
         "that is the gradient alone": gradient,
     }
     look = "each score is |w| times the mean absolute gradient of the same weight, element by element"
@@ -500,10 +501,14 @@ def check_taylor(answer, model: nn.Module, rows: list[list[int]], labels: list[i
     gradient, squared = seen["calibration_gradient"], seen["squared_gradient"]
     right = {n: w.abs() * gradient[n] for n, w in weights.items()}
     mistakes = {
-        "that is the sum over the reviews: divide by their number": {n: len(rows) * s for n, s in right.items()},
+        "that is the sum over the reviews: divide by their number": lambda: {
+            n: len(rows) * s for n, s in right.items()
+        },
         "that is the gradient alone: |w| is missing": gradient,
-        SIGNED: {n: w * gradient[n] for n, w in weights.items()},
-        "that is Fisher, of second order: no square here": {n: w.square() * squared[n] / 2 for n, w in weights.items()},
+        SIGNED: lambda: {n: w * gradient[n] for n, w in weights.items()},
+        "that is Fisher, of second order: there is no square in Taylor": lambda: {
+            n: w.square() * squared[n] / 2 for n, w in weights.items()
+        },
         "gradients of reviews have cancelled: take |gradient| of each review first, then the mean": lambda: {
             n: weights[n].abs() * g for n, g in mean_gradient(model, rows, labels).items()
         },
