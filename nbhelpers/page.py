@@ -52,8 +52,20 @@ def formula_image(match: re.Match) -> str:
     return f'<img alt="{alt}" src="data:image/svg+xml;base64,{base64.b64encode(image.getvalue()).decode()}">'
 
 
+# Solutions are folded in JupyterLab; on paper and without scripts they are shown.
+FOLD_SOLUTIONS = """<script>
+for (const cell of document.querySelectorAll(".celltag_solution")) {
+  const fold = document.createElement("details");
+  fold.append(Object.assign(document.createElement("summary"), { textContent: "Solution" }));
+  cell.replaceWith(fold);
+  fold.append(cell);
+}
+</script>
+"""
+
+
 def notebook_html(notebook, title: str) -> str:
-    """An executed notebook as one HTML file with everything embedded."""
+    """An executed notebook as one HTML file with everything embedded, its solutions folded."""
     shown = notebook.copy()
     shown.cells = [cell.copy() for cell in notebook.cells]
     for cell in shown.cells:
@@ -61,7 +73,8 @@ def notebook_html(notebook, title: str) -> str:
             cell.source = re.sub(r"\$\$(.+?)\$\$", formula_image, cell.source, flags=re.DOTALL)
     exporter = HTMLExporter(template_name="lab", require_js_url="", mathjax_url="", mermaid_js_url="")
     text, _ = exporter.from_notebook_node(shown, resources={"metadata": {"name": title}})
-    return text
+    before, end = text.rsplit("</body>", 1)
+    return f"{before}{FOLD_SOLUTIONS}</body>{end}"
 
 
 # --- the README ---

@@ -15,7 +15,6 @@ import random
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd

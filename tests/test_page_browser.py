@@ -4,10 +4,12 @@ import itertools
 from types import SimpleNamespace
 
 import matplotlib.image
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 
+from nbhelpers import page as page_of_notebooks
 from nbhelpers import report
 from nbhelpers.profiles import get_profile
 from nbhelpers.workspace import open_run
@@ -324,3 +326,18 @@ def test_marks_move_only_for_those_who_like_it(browser, made):
             page = context.new_page()
             page.goto(made.path.as_uri())
             assert page.evaluate("getComputedStyle(document.querySelector('.mark')).transitionDuration") == seconds
+
+
+def test_a_notebooks_page_folds_its_solutions(browser, tmp_path):
+    cells = [nbformat.v4.new_code_cell("answer = ..."), nbformat.v4.new_code_cell("answer = 42")]
+    cells[1].metadata.tags = ["solution"]
+    path = tmp_path / "notebook.html"
+    path.write_text(page_of_notebooks.notebook_html(nbformat.v4.new_notebook(cells=cells), "title"))
+    shown = browser.new_page()
+    shown.goto(path.as_uri())
+    solution = shown.locator("details", has_text="answer = 42")
+    assert shown.get_by_text("answer = ...").is_visible()
+    assert not solution.locator(".celltag_solution").is_visible()
+    solution.locator("summary").click()
+    assert solution.locator(".celltag_solution").is_visible()
+    shown.close()
