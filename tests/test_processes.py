@@ -157,3 +157,35 @@ def test_a_launch_that_started_one_process_instead_of_several_is_refused(monkeyp
     monkeypatch.setattr("sys.argv", ["training", "finetune", "--profile", "smoke"])
     with pytest.raises(SystemExit, match=r"one process instead of several.*--multi_gpu.*torchrun"):
         grid.main_of_training()
+
+
+KILLED = """
+import os
+from nbhelpers import checkpoints
+from nbhelpers.experiments import finetune_model
+from nbhelpers.profiles import get_profile
+from nbhelpers.workspace import open_run
+
+save = checkpoints.Checkpoints.save
+
+def save_and_die(self, standing, *state):
+    save(self, standing, *state)
+    if standing.step == 4 and "DIE" in os.environ:
+        os._exit(9)
+
+checkpoints.Checkpoints.save = save_and_die
+finetune_model(open_run(get_profile("smoke", **%r), 0))
+"""
+
+
+def test_two_processes_that_were_killed_go_on_to_the_same_weights(both, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED % SETTINGS, encoding="utf-8")
+    places = {"NBHELPERS_ROOT": str(tmp_path), "NBHELPERS_BATCH": "1", "NBHELPERS_CHECKPOINT_SECONDS": "0"}
+    in_two_processes([str(script)], ends_well=False, DIE="1", **places)
+    assert "going on at step 4" in in_two_processes([str(script)], **places)
+    folder = tmp_path / ".artifacts" / "smoke" / "seed-0" / "fine_tuned"
+    for file in ("model.safetensors", "tensors.safetensors"):
+        unbroken, resumed = load_file(both[0][2] / "fine_tuned" / file), load_file(folder / file)
+        assert unbroken.keys() == resumed.keys()
+        assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken), file
