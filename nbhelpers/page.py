@@ -56,7 +56,9 @@ def formula_image(match: re.Match) -> str:
 FOLD_SOLUTIONS = """<script>
 for (const cell of document.querySelectorAll(".celltag_solution")) {
   const fold = document.createElement("details");
-  fold.append(Object.assign(document.createElement("summary"), { textContent: "Solution" }));
+  const summary = Object.assign(document.createElement("summary"), { textContent: "Solution" });
+  summary.style = "cursor: pointer; margin: 0 0 1em 6em; font: 14px sans-serif";
+  fold.append(summary);
   cell.replaceWith(fold);
   fold.append(cell);
 }

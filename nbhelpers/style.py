@@ -146,6 +146,7 @@ def name_lines(ax, unit: float = 12.5) -> None:
     """
     named = [line for line in ax.get_lines() if not line.get_label().startswith("_") and len(line.get_xdata())]
     ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in named]
+    ax.autoscale_view()  # otherwise the limits are found when the figure is drawn
     to_axes = ax.transData + ax.transAxes.inverted()
     heights = [to_axes.transform(end)[1] for end in ends]
     gap = unit / (72 * ax.bbox.height / ax.figure.dpi)

@@ -524,3 +524,7 @@ def test_lines_are_named_at_their_ends_and_have_no_legend():
     assert ax.get_legend() is None
     names = {text.get_text(): text.xy for text in ax.texts}
     assert names == {"a b": (2, 1.0), "c": (2, 3.0)}
+    # There is room, so each name stands at the height of its line's end.
+    for text in ax.texts:
+        height = ax.transAxes.inverted().transform(ax.transData.transform(text.xy))[1]
+        assert text.xyann[1] == pytest.approx(height, abs=0.01)
