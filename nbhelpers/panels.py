@@ -8,6 +8,7 @@ import base64
 import functools
 import io
 import os
+import time
 from collections.abc import Callable, Iterable
 
 import ipywidgets as widgets
@@ -24,11 +25,13 @@ from nbhelpers.evaluation import wilson_interval
 from nbhelpers.measurement import compare_speed, with_threads
 from nbhelpers.models import LABEL_NAMES, position, predict_logits, prunable_weights
 from nbhelpers.plots import COLORS, color, label
+from nbhelpers.progress import track
 from nbhelpers.sparse import convert_to_sparse
 from nbhelpers.workspace import Run
 
 MOST_WEIGHTS = 2_000_000  # of a larger model, a sample of this size follows the sliders
 BATCH_TOKENS, MOST_REVIEWS = 2000, 40  # of the small validation batch: what two cores judge in a tenth of a second
+AHEAD = 6.0  # seconds that a panel may take, before it is shown, to find out what its sliders will ask for
 
 
 def can_be_moved() -> bool:
@@ -59,6 +62,8 @@ def explore(panel) -> None:
     def values() -> dict:
         return {name: control.value for name, control in panel.controls.items()}
 
+    if can_be_moved() and hasattr(panel, "prepare"):
+        panel.prepare()
     panel.update(**values())
     image = widgets.Image(value=picture(panel.figure), format="png", layout={"max_width": "100%"})
     # What was laid out once stays where it is: to lay it out again takes as long as to draw it.
@@ -243,7 +248,8 @@ def small_batch(run: Run) -> np.ndarray:
 class SparsityPanel:
     """What each review of a small batch makes of it when weights go, and when training goes on.
 
-    run: one whose notebook 03 has been run. Answers are kept: a position costs its time once.
+    run: one whose notebook 03 has been run. Answers are kept: a position costs its time once, and a small model
+    is asked for all of them before the first move.
     """
 
     def __init__(self, run: Run):
@@ -271,6 +277,12 @@ class SparsityPanel:
         logits = predict_logits(model, self.ids, len(self.ids))
         return experiments.probabilities(logits)[np.arange(len(self.labels)), self.labels]
 
+    def answer(self, *place) -> np.ndarray:
+        """What ``ask`` has found at a position, asked once."""
+        if place not in self.answers:
+            self.answers[place] = self.ask(*place)
+        return self.answers[place]
+
     def ask(self, criterion: str, stage: str, sparsity: float) -> np.ndarray:
         """P(the right label) of each review by the model at a position."""
         if stage == "recovered":
@@ -279,6 +291,17 @@ class SparsityPanel:
         for name, kept in masks.select(self.scores(criterion), sparsity).items():
             weights[name].data.copy_(self.whole[name] * kept)
         return self.chances(self.model)
+
+    def prepare(self) -> None:
+        """Ask for as many positions ahead as there is time for, those of the criterion that is shown first."""
+        there = self.curves[["criterion", "stage", "sparsity"]].drop_duplicates()
+        first = there["criterion"] == self.controls["criterion"].value
+        begun = time.monotonic()
+        for key in track(
+            list(pd.concat([there[first], there[~first]]).itertuples(index=False, name=None)), "asking ahead"
+        ):
+            if time.monotonic() - begun < AHEAD:
+                self.answer(*key)
 
     def draw(self) -> None:
         self.figure, (curve, dots) = blank(2, 10.5, 3.8)
@@ -314,10 +337,7 @@ class SparsityPanel:
             self.here.set_data([], [])
             self.title.set_text(f"{label(criterion)} was not {stage} at {sparsity:.0%}: move the slider")
             return
-        key = criterion, stage, sparsity
-        if key not in self.answers:
-            self.answers[key] = self.ask(*key)
-        now = self.answers[key]
+        now = self.answer(criterion, stage, sparsity)
         self.here.set_data([sparsity], [known[sparsity]])
         self.dots.set_offsets(np.stack([self.dense, now], 1))
         changed = np.where((self.dense > 0.5) & (now <= 0.5), 1, np.where((self.dense <= 0.5) & (now > 0.5), 2, 0))

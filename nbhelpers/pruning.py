@@ -32,6 +32,7 @@ from nbhelpers.experiments import (
 )
 from nbhelpers.models import has_structures, load_config, prunable_weights, save_dense, stored_in_out, structures
 from nbhelpers.profiles import Profile
+from nbhelpers.progress import track
 from nbhelpers.sparse import convert_to_sparse, save_sparse
 from nbhelpers.statistics import calibrate
 from nbhelpers.training import recipe_for, train
@@ -174,7 +175,7 @@ def pruned_curves(run: Run, pruners: tuple[str, ...] = PRUNERS) -> pd.DataFrame:
     rows = []
     for one in runs_of(run):
         labels = dataset(one, "validation").labels
-        for pruner in pruners:
+        for pruner in track(pruners, "judging right after pruning"):
             right = pruned_logits(one, pruner).argmax(-1) == labels
             rows += [
                 curve_row(one, pruner, sparsity, "pruned", "validation", correct)

@@ -93,6 +93,19 @@ def test_the_sparsity_panel_asks_the_model_that_its_sliders_name(study):
     assert np.array_equal(panel.dots.get_offsets(), again.dots.get_offsets())
 
 
+def test_the_sparsity_panel_asks_ahead_for_what_there_is_time(study, monkeypatch):
+    panel = SparsityPanel(study.run)
+    panel.prepare()
+    places = set(panel.curves[["criterion", "stage", "sparsity"]].itertuples(index=False, name=None))
+    assert set(panel.answers) == places and len(places) > 4
+    key = ("magnitude", "pruned", 0.9)
+    assert np.array_equal(panel.answers[key], SparsityPanel(study.run).ask(*key))
+    monkeypatch.setattr(panels, "AHEAD", 0.0)
+    hurried = SparsityPanel(study.run)
+    hurried.prepare()
+    assert hurried.answers == {}
+
+
 def test_the_sparsity_panel_says_what_was_not_recovered(study):
     panel = SparsityPanel(study.run)
     panel.curves = panel.curves[panel.curves["sparsity"] != 0.5]
