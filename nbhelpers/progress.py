@@ -19,6 +19,7 @@ from nbhelpers import processes
 DELAY, IN_LOGS = 2, 30  # seconds before anything is shown, and between two lines of a log
 IN_WORDS = "{desc}: {percentage:.0f} %, {remaining} left"
 WITHOUT_END = "{desc} ..."
+ONE_LINE = {"position": 0}  # a bar within a bar would else move the cursor, which only a terminal has
 
 
 class Lines:
@@ -65,12 +66,12 @@ def progress(total: int | None, description: str, done: int = 0) -> tqdm:
     if not processes.is_main() or ("NBHELPERS_BATCH" in os.environ and not followed):
         return tqdm(disable=True, **options)
     if followed:
-        return tqdm(file=LastLine(followed), mininterval=1, bar_format=form, **options)
+        return tqdm(file=LastLine(followed), mininterval=1, bar_format=form, **options | ONE_LINE)
     if in_notebook():
         return tqdm_notebook(mininterval=0.5, **options)
     if sys.stderr.isatty():
         return tqdm(mininterval=0.5, **options)
-    slow = options | {"delay": IN_LOGS if total else 0}
+    slow = options | ONE_LINE | {"delay": IN_LOGS if total else 0}
     return tqdm(file=Lines(sys.stderr), mininterval=IN_LOGS, bar_format=form, **slow)
 
 

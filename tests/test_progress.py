@@ -32,6 +32,22 @@ def test_a_log_gets_whole_lines_without_control_characters(watched, monkeypatch,
     assert "counting: 50 %" in said
 
 
+def test_a_bar_within_a_bar_moves_no_cursor(watched, monkeypatch, tmp_path, capsys):
+    def nested():
+        for _ in track(range(2), "outer"):
+            for _ in track(range(2), "inner"):
+                pass
+
+    nested()
+    said = capsys.readouterr().err
+    assert {line.split(":")[0] for line in said.splitlines()} == {"outer", "inner"} and "\x1b" not in said
+    written = []
+    monkeypatch.setattr(LastLine, "write", lambda self, frame: written.append(frame.strip()))
+    monkeypatch.setenv("NBHELPERS_PROGRESS", str(tmp_path / "state"))
+    nested()
+    assert all(re.fullmatch(r"((outer|inner): \d+ %, [\d:?]+ left)?", frame) for frame in written) and any(written)
+
+
 def test_what_ends_soon_says_nothing_in_a_log(monkeypatch, capsys):
     monkeypatch.delenv("NBHELPERS_BATCH")
     list(track(range(100), "counting"))
