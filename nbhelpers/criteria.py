@@ -158,11 +158,16 @@ def merge_scores(scores: dict[str, Tensors], agreement: str = "all") -> Tensors:
     return {name: agree(torch.stack([place[name] for place in places])) / total for name in places[0]}
 
 
+def votes_needed(criteria: int) -> dict[str, int]:
+    """How many of so many criteria have to flag a weight, by agreement."""
+    return {"all": criteria, "majority": criteria // 2 + 1, "any": 1}
+
+
 def flag_below(scores: dict[str, Tensors], thresholds: dict[str, float], agreement: str = "all") -> Tensors:
     """The weights that the criteria put under a threshold each: {parameter name: bool tensor, True = useless}."""
-    votes_needed = {"all": len(scores), "majority": len(scores) // 2 + 1, "any": 1}
-    if agreement not in votes_needed:
-        raise ValueError(f"agreement is {agreement!r}: with thresholds it takes {', '.join(votes_needed)}")
+    needed = votes_needed(len(scores))
+    if agreement not in needed:
+        raise ValueError(f"agreement is {agreement!r}: with thresholds it takes {', '.join(needed)}")
     names = next(iter(scores.values()))
     votes = {n: sum((scores[c][n] < thresholds[c]).int() for c in scores) for n in names}
-    return {name: count >= votes_needed[agreement] for name, count in votes.items()}
+    return {name: count >= needed[agreement] for name, count in votes.items()}

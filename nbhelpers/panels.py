@@ -21,6 +21,7 @@ from matplotlib.ticker import PercentFormatter
 from scipy.special import expit, rel_entr
 
 from nbhelpers import experiments, masks, pruning
+from nbhelpers.criteria import votes_needed
 from nbhelpers.evaluation import wilson_interval
 from nbhelpers.measurement import compare_speed, with_threads
 from nbhelpers.models import LABEL_NAMES, position, predict_logits, prunable_weights
@@ -155,7 +156,7 @@ def independent(quantiles: list[float], merge: str) -> float:
     counts = np.ones(1)
     for q in quantiles:
         counts = np.convolve(counts, [1 - q, q])  # how likely 0, 1, 2 ... of them flag a weight
-    return float(counts[{"all": len(quantiles), "majority": len(quantiles) // 2 + 1, "any": 1}[merge] :].sum())
+    return float(counts[votes_needed(len(quantiles))[merge] :].sum())
 
 
 class CriteriaPanel:
@@ -196,7 +197,7 @@ class CriteriaPanel:
         bars.invert_yaxis()
         bars.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         table = self.cells.assign(value=0.0).pivot(index="layer", columns="module", values="value")
-        self.shape, self.kept = table, Heatmap(kept, table)
+        self.kept = Heatmap(kept, table)
         kept.set(title="kept of each matrix", ylabel="layer")
         square = pd.DataFrame(0.0, self.names, self.names)
         self.shared = Heatmap(shared, square)
@@ -208,8 +209,7 @@ class CriteriaPanel:
         if merge == "mean_rank":
             merged = self.mean_rank < np.mean(list(quantiles.values()))
         else:
-            least = {"all": len(flags), "majority": len(flags) // 2 + 1, "any": 1}[merge]
-            merged = sum(flag.view(np.uint8) for flag in flags.values()) >= least
+            merged = sum(flag.view(np.uint8) for flag in flags.values()) >= votes_needed(len(flags))[merge]
         shares = [flag.mean() for flag in (*flags.values(), merged)]
         for bar, number, share in zip(self.bars, self.numbers, shares, strict=True):
             bar.set_width(share)
@@ -262,9 +262,8 @@ class SparsityPanel:
         self.dense, self.answers = self.chances(self.model), {}
         curves = run.load_table("curves")
         self.curves = curves[(curves["split"] == "validation") & curves["criterion"].isin(pruning.MAIN)]
-        self.reached = {stage: tuple(sorted(part["sparsity"].unique())) for stage, part in self.curves.groupby("stage")}
         main = run.profile.main_sparsity
-        every = sorted(set().union(*self.reached.values()))
+        every = sorted(self.curves["sparsity"].unique())
         self.controls = {
             "criterion": widgets.Dropdown(options=pruning.MAIN, value="merged", description="criterion"),
             "stage": widgets.ToggleButtons(options=["pruned", "recovered"], style={"button_width": "8em"}),
@@ -305,7 +304,7 @@ class SparsityPanel:
 
     def draw(self) -> None:
         self.figure, (curve, dots) = blank(2, 10.5, 3.8)
-        self.line, self.lines = curve, {}
+        self.lines = {}
         for (criterion, stage), part in self.curves.groupby(["criterion", "stage"], sort=False):
             mean = part.groupby("sparsity")["accuracy"].mean()
             style = {"pruned": "--", "recovered": "-"}[stage]
