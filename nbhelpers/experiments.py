@@ -121,6 +121,12 @@ def save_pretrained_model(run: Run) -> Path:
     return run.cached("pretrained", settings, build, kind="dense", made_by="01")
 
 
+def finetuning_settings(run: Run) -> dict:
+    """What a fine-tuned model depends on beside its first weights."""
+    reviews = {"reviews": reviews_fingerprint(run, "train"), "chosen": reviews_fingerprint(run, "validation")}
+    return pick(run.profile, *DATA_FIELDS, *FINETUNE_FIELDS, seed=run.seed) | reviews
+
+
 def finetune_model(run: Run) -> pd.DataFrame:
     """Artefact ``fine_tuned``: the model after fine-tuning, with what was observed of every prunable weight.
 
@@ -147,12 +153,7 @@ def finetune_model(run: Run) -> pd.DataFrame:
         save_file(flagged.tensors(), folder / FLAGGED)
         write_history(folder, history)
 
-    settings = pick(run.profile, *DATA_FIELDS, *FINETUNE_FIELDS, "main_sparsity")
-    settings |= {
-        "seed": run.seed,
-        "reviews": reviews_fingerprint(run, "train"),
-        "chosen": reviews_fingerprint(run, "validation"),
-    }
+    settings = finetuning_settings(run) | pick(run.profile, "main_sparsity")
     run.cached("fine_tuned", settings, build, ("pretrained",), kind="dense", made_by="01")
     return read_history(run, "fine_tuned")
 

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
@@ -213,6 +213,25 @@ def children_deaf_to_ctrl_c():
         signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def workers(jobs: int, precision: str) -> Iterator[ProcessPoolExecutor]:
+    """So many processes, each with its share of the cores; where the block fails, what has not begun is dropped.
+
+    After Ctrl-C all end at once. Call it from a main thread, under ``if __name__ == "__main__"``.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, be_one_of, (jobs, mixed_precision(precision))) as pool:
+        try:
+            yield pool
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+        except Exception:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def run_phase(pool: ProcessPoolExecutor, run: Run, names: Collection[str], started: float, bar: tqdm) -> None:
     """Compute the cells of one phase and print a line each. Raises ``GridError`` at the first that fails."""
     with children_deaf_to_ctrl_c():
@@ -234,25 +253,14 @@ def run_grid(run: Run, jobs: int, notebooks: Collection[str] = tuple(NOTEBOOK.va
     """Compute the cells of these notebooks, ``jobs`` at a time, a process each with its share of the cores.
 
     What is there already is found, so an interrupted grid goes on where it stopped. The first failure is raised as
-    ``GridError``, after the cells that are running have ended; Ctrl-C ends them all at once. Call it from a main
-    thread, under ``if __name__ == "__main__"``.
+    ``GridError``, after the cells that are running have ended; Ctrl-C ends them all at once (``workers``).
     """
-    started, context = time.time(), multiprocessing.get_context("spawn")
-    precision = mixed_precision(run.profile.precision)
-    every = phases(run, notebooks)
+    started, every = time.time(), phases(run, notebooks)
     # The lines are enough where nobody sees a bar move.
     options = {"total": sum(map(len, every)), "desc": "cells", "leave": False, "disable": not sys.stderr.isatty()}
-    with ProcessPoolExecutor(jobs, context, be_one_of, (jobs, precision)) as pool, tqdm(**options) as bar:
-        try:
-            for phase in every:
-                run_phase(pool, run, phase, started, bar)
-        except GridError:
-            pool.shutdown(cancel_futures=True)
-            raise
-        except KeyboardInterrupt:
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
+    with workers(jobs, run.profile.precision) as pool, tqdm(**options) as bar:
+        for phase in every:
+            run_phase(pool, run, phase, started, bar)
 
 
 def print_commands(run: Run, overrides: dict[str, str]) -> None:
