@@ -1,6 +1,7 @@
 """Sparse execution: the kernel, the layers, GPT-2 and other decoders made of them, and their files."""
 
 from nbhelpers.sparse.decoder import convert_to_sparse, count_actual_params
+from nbhelpers.sparse.embeddings import FactorizedEmbedding, Int8Embedding, factorize_embedding, quantize
 from nbhelpers.sparse.gpt2 import (
     SparseGPT2Attention,
     SparseGPT2Block,
@@ -15,6 +16,8 @@ from nbhelpers.sparse.semi_structured import convert_to_semi_structured, has_two
 from nbhelpers.sparse.storage import load_sparse, save_sparse
 
 __all__ = [
+    "FactorizedEmbedding",
+    "Int8Embedding",
     "SparseGPT2Attention",
     "SparseGPT2Block",
     "SparseGPT2ForSequenceClassification",
@@ -26,7 +29,9 @@ __all__ = [
     "convert_to_semi_structured",
     "convert_to_sparse",
     "count_actual_params",
+    "factorize_embedding",
     "has_two_of_four",
     "load_sparse",
+    "quantize",
     "save_sparse",
 ]

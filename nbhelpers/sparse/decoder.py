@@ -11,13 +11,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, GPT2ForSequenceClassification, PreTrainedConfig
 
 from nbhelpers.models import prunable_layers, prunable_weights
-from nbhelpers.sparse.gpt2 import (
-    SparseGPT2ForSequenceClassification,
-    convert_gpt2_to_sparse,
-    skeleton,
-    sparse_layers,
-)
-from nbhelpers.sparse.layers import SparseLinear
+from nbhelpers.sparse.embeddings import Int8Embedding, shape_embeddings
+from nbhelpers.sparse.gpt2 import SparseGPT2ForSequenceClassification, convert_gpt2_to_sparse, skeleton
+from nbhelpers.sparse.layers import SparseLinear, sparse_layers
 
 
 def convert_to_sparse(model: nn.Module, backend: str = "auto") -> nn.Module:
@@ -44,7 +40,13 @@ def empty_like(config: PreTrainedConfig) -> nn.Module:
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     for name, layer in prunable_layers(model).items():
         model.set_submodule(name, SparseLinear(layer.in_features, layer.out_features))
-    return model.requires_grad_(False).eval()
+    return shape_embeddings(model).requires_grad_(False).eval()
+
+
+def outside_numbers(model: nn.Module) -> int:
+    """How many numbers a model has outside of its sparse layers, those in eight bits among them."""
+    tables = [module.numbers for module in model.modules() if isinstance(module, Int8Embedding)]
+    return sum(tensor.numel() for tensor in (*model.parameters(), *tables))
 
 
 def count_actual_params(model: nn.Module) -> dict[str, int | float]:
@@ -59,14 +61,14 @@ def count_actual_params(model: nn.Module) -> dict[str, int | float]:
         config = copy.deepcopy(model.config)
         config.kept_heads = config.kept_neurons = None
         whole = sparse_layers(skeleton(config))
-        others = sum(parameter.numel() for parameter in model.parameters())
+        others = outside_numbers(model)
         prunable = sum(layer.in_features * layer.out_features for layer in whole)
         left = sum(layer.nonzeros for layer in layers)
         total = prunable + sum(layer.out_features for layer in whole) + others
         active = left + sum(len(layer.bias) for layer in layers) + others
     elif layers:
         with torch.device("meta"):
-            total = sum(p.numel() for p in AutoModelForSequenceClassification.from_config(model.config).parameters())
+            total = outside_numbers(shape_embeddings(AutoModelForSequenceClassification.from_config(model.config)))
         prunable = sum(layer.in_features * layer.out_features for layer in layers)
         left = sum(layer.nonzeros for layer in layers)
         active = total - prunable + left
@@ -74,7 +76,7 @@ def count_actual_params(model: nn.Module) -> dict[str, int | float]:
         weights = prunable_weights(model).values()
         prunable = sum(weight.numel() for weight in weights)
         left = sum(int(torch.count_nonzero(weight)) for weight in weights)
-        total = sum(parameter.numel() for parameter in model.parameters())
+        total = outside_numbers(model)
         active = total - prunable + left
     sparsity = 1 - left / prunable if prunable else 0.0
     return {"total": total, "active": active, "prunable": prunable, "encoder_sparsity": sparsity}

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nbhelpers.sparse import kernels
 from nbhelpers.sparse.compaction import compact_blocks
+from nbhelpers.sparse.embeddings import shape_embeddings
 from nbhelpers.sparse.layers import Float32Inference, SparseLinear
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names of the function that the kernel has built in
@@ -237,17 +238,7 @@ def assemble(
 def skeleton(config: GPT2Config) -> SparseGPT2ForSequenceClassification:
     """A model without storage, to be filled."""
     with torch.device("meta"):
-        return SparseGPT2ForSequenceClassification(config)
-
-
-def sparse_names(model: nn.Module) -> list[str]:
-    """The names of a model's sparse layers."""
-    return [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
-
-
-def sparse_layers(model: nn.Module) -> list[SparseLinear]:
-    """A model's sparse layers."""
-    return [model.get_submodule(name) for name in sparse_names(model)]
+        return shape_embeddings(SparseGPT2ForSequenceClassification(config))
 
 
 def fill(model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:

@@ -13,6 +13,7 @@ from nbhelpers.sparse import kernels
 BACKENDS = ("auto", "numba", "torch_csr", "dense")
 TYPICAL_TOKENS = 1024  # about eight reviews: what "auto" measures with
 TRIALS = 5
+LEVELS = 127  # of int8, as many on either side of zero
 CLEAR = 1.5  # a lead after which no more trials are needed
 
 
@@ -37,8 +38,9 @@ class SparseLinear(Float32Inference):
     """``y = x @ W.T + bias`` with W[out, in] sparse, made by ``SparseLinear.from_dense``.
 
     The buffers are ``values`` float32 [nnz], ``columns`` int32 [nnz], ``starts`` int32 [out + 1] (CSR) and ``bias``
-    [out]; with the backend "dense" they are ``weight`` [out, in] and ``bias``. ``backend`` says which engine runs.
-    A layer made by the constructor has no weights left.
+    [out]; with the backend "dense" they are ``weight`` [out, in] and ``bias``. ``backend`` says which engine runs, and
+    ``scale`` [out] is there where the values are whole multiples of their row's (``quantize``). A layer made by the
+    constructor has no weights left.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -48,6 +50,7 @@ class SparseLinear(Float32Inference):
         self.register_buffer("columns", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("starts", torch.zeros(out_features + 1, dtype=torch.int32))
         self.register_buffer("bias", torch.zeros(out_features))
+        self.register_buffer("scale", None)
 
     @classmethod
     def from_dense(cls, module: nn.Module, backend: str = "auto", tokens: int = TYPICAL_TOKENS) -> "SparseLinear":
@@ -92,6 +95,17 @@ class SparseLinear(Float32Inference):
             return *to_csr(self.weight), self.bias
         return self.values, self.columns, self.starts, self.bias
 
+    def quantize(self) -> None:
+        """Round the weights that are left to eight bits and a scale for each row; they are computed with as before."""
+        values, columns, starts, bias = self.csr()
+        rows = row_numbers(starts)
+        numbers, self.scale = quantize_rows(values, rows, self.out_features)
+        rounded = numbers * self.scale[rows]
+        if self.backend == "dense":
+            self.weight = to_weight((rounded, columns, starts, bias), self.in_features)
+        else:
+            self.values = rounded
+
     @property
     def nonzeros(self) -> int:
         """How many weights are left."""
@@ -112,6 +126,16 @@ class SparseLinear(Float32Inference):
     def extra_repr(self) -> str:
         share = self.nonzeros / max(1, self.in_features * self.out_features)
         return f"{self.in_features} -> {self.out_features}, {share:.1%} of the weights left, backend={self.backend}"
+
+
+def sparse_names(model: nn.Module) -> list[str]:
+    """The names of a model's sparse layers."""
+    return [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+
+
+def sparse_layers(model: nn.Module) -> list[SparseLinear]:
+    """A model's sparse layers."""
+    return [model.get_submodule(name) for name in sparse_names(model)]
 
 
 # --- engines and their choice ---
@@ -178,11 +202,16 @@ def mask_to_csr(mask: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor,
     return values, mask.nonzero()[:, 1].to(torch.int32), starts
 
 
+def row_numbers(starts: torch.Tensor) -> torch.Tensor:
+    """The row [nnz] of each value of a matrix in CSR."""
+    return torch.arange(len(starts) - 1, device=starts.device).repeat_interleave(starts.diff())
+
+
 def to_mask(matrix: tuple[torch.Tensor, ...], in_features: int) -> torch.Tensor:
     """Where [out, in] has weights left."""
     _, columns, starts, bias = matrix
     mask = torch.zeros(len(bias), in_features, dtype=torch.bool, device=columns.device)
-    mask[torch.arange(len(bias), device=columns.device).repeat_interleave(starts.diff()), columns] = True
+    mask[row_numbers(starts), columns] = True
     return mask
 
 
@@ -199,3 +228,13 @@ def random_matrix(out_features: int, in_features: int, density: float, device: s
     mask = torch.rand(weight.shape, generator=generator) < density
     matrix = *mask_to_csr(mask, weight[mask]), torch.randn(out_features, generator=generator)
     return tuple(tensor.to(device) for tensor in matrix)
+
+
+def quantize_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [n] and scales float32 [count] for values [n] that stand in the rows [n] of ``count``.
+
+    A value is its number times its row's scale, to within half a scale; a row of zeros has the scale 1.
+    """
+    largest = torch.zeros(count).scatter_reduce(0, rows, values.abs(), "amax")
+    scale = torch.where(largest > 0, largest / LEVELS, 1.0)
+    return (values / scale[rows]).round().to(torch.int8), scale

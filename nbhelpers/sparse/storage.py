@@ -6,6 +6,9 @@
                            <layer>.bias    float32 [out], zeros where the layer has none
                            and the embeddings, LayerNorms and head as they are; the backends are in the metadata
 
+Of a model that ``embeddings.quantize`` has rounded, values are int8, and <layer>.scale float32 [out] is what a row's
+values are multiplied by; embeddings are int8 and float32 in the same way.
+
 The round trip is exact to the bit for every weight that is left, NaN and denormals included. A weight of zero counts
 as pruned, so that -0.0 comes back as 0.0.
 """
@@ -21,8 +24,8 @@ from torch import nn
 
 from nbhelpers.models import load_config
 from nbhelpers.sparse.decoder import empty_like
-from nbhelpers.sparse.gpt2 import fill, sparse_names
-from nbhelpers.sparse.layers import SparseLinear, mask_to_csr, to_mask
+from nbhelpers.sparse.gpt2 import fill
+from nbhelpers.sparse.layers import SparseLinear, mask_to_csr, row_numbers, sparse_names, to_mask
 
 FILE = "sparse.safetensors"
 
@@ -33,7 +36,7 @@ def save_sparse(model: nn.Module, folder: str | Path) -> Path:
         raise TypeError(f"save_sparse takes a model that convert_to_sparse has made, not a {type(model).__name__}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in outside(model).items()}
     backends = {}
     for name in sparse_names(model):
         layer = model.get_submodule(name)
@@ -61,12 +64,14 @@ def load_sparse(folder: str | Path) -> nn.Module:
             backends = json.loads((file.metadata() or {}).get("backends", "{}"))
         for name in sparse_names(model):
             parts = {part: tensors[f"{name}.{part}"] for part in ("bitmap", "values", "bias")}
+            parts |= {"scale": tensors[f"{name}.scale"]} if f"{name}.scale" in tensors else {}
             empty = model.get_submodule(name)
             model.set_submodule(name, unpack_layer(parts, empty.in_features, backends.get(name, "auto")))
-        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-        for name, shape in wanted.items():
-            if tensors[name].shape != shape:
-                raise ValueError(f"{name} is {list(tensors[name].shape)} instead of {list(shape)}")
+        wanted = outside(model)
+        for name, like in wanted.items():
+            if (tensors[name].shape, tensors[name].dtype) != (like.shape, like.dtype):
+                found, right = ((list(tensor.shape), tensor.dtype) for tensor in (tensors[name], like))
+                raise ValueError(f"{name} is {found[0]} {found[1]} instead of {right[0]} {right[1]}")
     except KeyError as error:
         raise ValueError(f"{path} is incomplete: it has no tensor {error}") from error
     except (OSError, ValueError, SafetensorError) as error:
@@ -75,16 +80,26 @@ def load_sparse(folder: str | Path) -> nn.Module:
     return model
 
 
+def outside(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of a model outside of its sparse layers."""
+    layers = tuple(f"{name}." for name in sparse_names(model))
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(layers)}
+
+
 def pack_layer(layer: SparseLinear) -> dict[str, torch.Tensor]:
-    """The three tensors that hold a sparse layer."""
-    values, *_, bias = matrix = tuple(tensor.cpu() for tensor in layer.csr())
+    """The tensors that hold a sparse layer: three, or four of one in eight bits."""
+    values, _, starts, bias = matrix = tuple(tensor.cpu() for tensor in layer.csr())
     bits = np.packbits(to_mask(matrix, layer.in_features).numpy().reshape(-1))
-    return {"bitmap": torch.from_numpy(bits), "values": values, "bias": bias}
+    parts = {"bitmap": torch.from_numpy(bits), "values": values, "bias": bias}
+    if layer.scale is not None:
+        scale = layer.scale.cpu()
+        parts |= {"values": (values / scale[row_numbers(starts)]).round().to(torch.int8), "scale": scale}
+    return parts
 
 
 def unpack_layer(parts: dict[str, torch.Tensor], in_features: int, backend: str) -> SparseLinear:
     """The layer that ``pack_layer`` packed. Raises ``ValueError`` when its tensors do not fit together."""
-    values, bias = parts["values"], parts["bias"]
+    values, bias, scale = parts["values"], parts["bias"], parts.get("scale")
     shape = (len(bias), in_features)
     if parts["bitmap"].numel() != -(-shape[0] * shape[1] // 8):
         raise ValueError(f"a bitmap of {parts['bitmap'].numel()} bytes does not cover {shape[0]} x {shape[1]} weights")
@@ -92,4 +107,10 @@ def unpack_layer(parts: dict[str, torch.Tensor], in_features: int, backend: str)
     mask = torch.from_numpy(bits.reshape(shape)).bool()
     if int(mask.sum()) != len(values):
         raise ValueError(f"a bitmap has {int(mask.sum())} weights and {len(values)} values")
-    return SparseLinear.from_csr(*mask_to_csr(mask, values), bias, in_features, backend)
+    if (values.dtype == torch.int8) != (scale is not None) or (scale is not None and scale.shape != bias.shape):
+        raise ValueError("values in eight bits and a scale for each row belong together")
+    if scale is not None:
+        values = values * scale[row_numbers(mask_to_csr(mask, values)[2])]
+    layer = SparseLinear.from_csr(*mask_to_csr(mask, values), bias, in_features, backend)
+    layer.scale = scale
+    return layer

@@ -1,0 +1,105 @@
+"""What is left when the blocks are small: thin embeddings, and values in eight bits.
+
+A table of V tokens and d features becomes the product of a [V, r] and an [r, d] one (factorized embeddings, as in
+ALBERT: Lan et al., 2020), and each row of a table, and of a sparse matrix, is stored as whole numbers from -127 to 127
+and one scale (symmetric per-row quantization).
+"""
+
+import torch
+from torch import nn
+
+from nbhelpers.sparse.layers import quantize_rows, sparse_layers
+
+
+class Int8Embedding(nn.Module):
+    """An embedding in eight bits: ``numbers`` int8 [tokens, features] times ``scale`` float32 [tokens]."""
+
+    def __init__(self, tokens: int, features: int):
+        super().__init__()
+        self.register_buffer("numbers", torch.zeros(tokens, features, dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(tokens))
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding) -> "Int8Embedding":
+        """The nearest one to an embedding."""
+        weight = embedding.weight.detach().float()
+        quantized = cls(*weight.shape)
+        rows = torch.arange(len(weight)).repeat_interleave(weight.shape[1])
+        numbers, quantized.scale = quantize_rows(weight.flatten(), rows, len(weight))
+        quantized.numbers = numbers.view(weight.shape)
+        return quantized
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: [...] -> [..., features]."""
+        return self.numbers[ids] * self.scale[ids, None]
+
+
+class FactorizedEmbedding(nn.Module):
+    """An embedding of a low rank: ``table`` [tokens, rank], then ``expand`` to the features."""
+
+    def __init__(self, tokens: int, rank: int, features: int):
+        super().__init__()
+        self.table, self.expand = nn.Embedding(tokens, rank), nn.Linear(rank, features, bias=False)
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, rank: int) -> "FactorizedEmbedding":
+        """The nearest one of a rank, in the sum of squares (singular value decomposition; Eckart and Young, 1936).
+
+        Raises ``ValueError`` where the rank is none or saves nothing.
+        """
+        tokens, features = embedding.weight.shape
+        if not 1 <= rank < features:
+            raise ValueError(f"a rank of {rank}: it takes at least 1 and less than the {features} features")
+        u, s, v = torch.linalg.svd(embedding.weight.detach().float(), full_matrices=False)
+        thin = cls(tokens, rank, features)
+        thin.table.weight.data, thin.expand.weight.data = u[:, :rank] * s[:rank], v[:rank].t().contiguous()
+        return thin
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: [...] -> [..., features]."""
+        return self.expand(self.table(ids))
+
+
+def embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
+    """A model's embeddings in float32, by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+
+
+def token_table(model: nn.Module) -> str:
+    """The name of the embedding of a model's tokens."""
+    return next(n for n, module in embeddings(model).items() if module.num_embeddings == model.config.vocab_size)
+
+
+def factorize_embedding(model: nn.Module, rank: int) -> nn.Module:
+    """Give a model, in place, a token embedding of a rank; it can be trained on. Raises ``ValueError``: see above."""
+    name = token_table(model)
+    model.set_submodule(name, FactorizedEmbedding.from_embedding(model.get_submodule(name), rank))
+    model.config.embedding_rank = rank
+    return model
+
+
+@torch.no_grad()
+def quantize(model: nn.Module) -> nn.Module:
+    """Give a sparse model, in place, the nearest values in eight bits: its embeddings and the weights that are left.
+
+    Embeddings stay so in memory. The sparse layers compute in float32 with the rounded values; their file
+    (``save_sparse``) has the eight bits.
+    """
+    for name, embedding in embeddings(model).items():
+        model.set_submodule(name, Int8Embedding.from_embedding(embedding))
+    for layer in sparse_layers(model):
+        layer.quantize()
+    model.config.weight_bits = 8
+    return model
+
+
+def shape_embeddings(model: nn.Module) -> nn.Module:
+    """Give a model without weights, in place, the kinds of embeddings that its config speaks of."""
+    rank, bits = (getattr(model.config, name, None) for name in ("embedding_rank", "weight_bits"))
+    if rank:
+        table = model.get_submodule(name := token_table(model))
+        model.set_submodule(name, FactorizedEmbedding(table.num_embeddings, rank, table.embedding_dim))
+    if bits == 8:
+        for name, module in embeddings(model).items():
+            model.set_submodule(name, Int8Embedding(module.num_embeddings, module.embedding_dim))
+    return model
