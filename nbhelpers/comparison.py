@@ -17,6 +17,7 @@ from nbhelpers.evaluation import (
 )
 from nbhelpers.experiments import (
     answers_right,
+    compressed_name,
     dataset,
     latency_batch,
     model_bytes,
@@ -50,7 +51,7 @@ LINES = ("fine_tuned", "fine_tuned_extra")  # the dense model, and the same with
 
 
 def compared_models(run: Run) -> list[str]:
-    """The models of the first seed that notebook 06 compares: dense, control, recovered, sparse, compact, students."""
+    """The models of the first seed that notebook 06 compares: dense ones, recovered, sparse, compact, and 05's."""
     main, best = run.profile.main_sparsity, best_criterion(run)
     recovered = [model_name("recovered", c, main) for c in (*MAIN, best_comparator(run))]
     sparse = [model_name("sparse", best, sparsity) for sparsity in converted_sparsities(run.profile)]
@@ -175,13 +176,13 @@ def find(run: Run) -> dict:
     leaders: at each sparsity the score that was best on validation, and its difference to the second; merge: the merge
     against the best single criterion; comparator: the best comparator against the best criterion or merge; recovery:
     accuracy on validation before and after; control: the dense model with and without the extra steps; kept: the best
-    criterion against the control.
+    criterion against the control; compressed: the model with everything done to it against the dense one, first seed.
     """
     curves, main = run.load_table("curves"), run.profile.main_sparsity
     mean = curves[curves["split"] == "validation"].groupby(["stage", "sparsity", "criterion"])["accuracy"].mean()
     best, comparator = best_criterion(run), best_comparator(run)
     single = mean["recovered", main][list(criteria.CRITERIA)].idxmax()
-    names = recovered_names(run)
+    names, small = recovered_names(run), compressed_name(run.profile)
 
     def difference(a: str, b: str) -> dict:
         return paired_difference(right_over_seeds(run, a, "test"), right_over_seeds(run, b, "test"))
@@ -197,10 +198,15 @@ def find(run: Run) -> dict:
         "comparator": difference(names[comparator, main], names[best, main]),
         "control": difference("fine_tuned_extra", "fine_tuned"),
         "kept": difference(names[best, main], "fine_tuned_extra"),
+        "compressed": paired_difference(*(answers_right(run, name, "test") for name in (small, "fine_tuned"))),
     }
     for family in (leaders, list(tests.values())):
         for row, adjusted in zip(family, holm([row["p_value"] for row in family]), strict=True):
             row["p_adjusted"] = adjusted
+    rows = run.load_table("comparison").set_index("model")
+    smaller = rows.loc["fine_tuned", "file_bytes"] / rows.loc[small, "file_bytes"]
+    tests["compressed"] |= {"layers": min(run.profile.student_layers), "times_smaller": smaller}
+    tests["compressed"] |= rows.loc[small, ["accuracy", "encoder_sparsity", "speedup", "file_bytes"]].to_dict()
     return {
         "seeds": run.profile.seeds,
         "test_reviews": len(dataset(run, "test")),
@@ -231,6 +237,8 @@ def verdict(found: dict) -> str:
 def finding_text(found: dict) -> str:
     """The finding on one page, in Markdown."""
     share, recovery, dense = f"{found['sparsity']:.0%}", found["recovery"], found["dense"]["accuracy"]
+    small = found["compressed"]
+    layers = f"{small['layers']} layer" + "s" * (small["layers"] > 1)
     best, single, comparator = (found[key].replace("_", " ") for key in ("best", "single", "comparator_name"))
     seeds = f"{found['seeds']} seeds" if found["seeds"] > 1 else "one seed"
     leads = [row for row in found["leaders"] if row["p_adjusted"] < 0.05]
@@ -255,6 +263,10 @@ def finding_text(found: dict) -> str:
             f"- **What the dense control says.** The same extra steps change the dense model ({dense:.1%}) by "
             f"{points(found['control'])}. Against that control, removing {share} of the block weights is worth "
             f"{points(found['kept'])}: {verdict(found['kept'])}.",
+            f"- **Everything at once.** {layers} left, {small['encoder_sparsity']:.0%} of their weights removed, a "
+            f"thin embedding, eight bits: {small['speedup']:.1f} times as fast as the fine-tuned model, its file "
+            f"{small['times_smaller']:.0f} times smaller ({small['file_bytes'] / 1e6:.2f} MB), at {points(small)} to "
+            f"it, first seed: {verdict(small)}.",
             "- **What none of this shows.** One small model, one task, one language, one recipe of recovery; that a "
             "weight can go does not say what it did, and the same accuracy is not the same behaviour.",
         ]

@@ -754,6 +754,28 @@ def same_state(a: Tensors, b: Tensors) -> bool:
 
 
 @check
+def check_eight_bits(answer, row: list[float]):
+    """The whole numbers from -127 to 127 that stand for a row in eight bits."""
+    found, values = numbers_of(answer, "a list of whole numbers", len(row)), np.asarray(row)
+    if any(value != round(value) for value in found):
+        raise Hint("these are not whole: eight bits hold whole numbers only")
+
+    def rounded(scale: float) -> np.ndarray:
+        return (values / scale).round()
+
+    largest, right = np.abs(values).max(), rounded(np.abs(values).max() / 127)
+    mistakes = {
+        "the largest takes 127, not 128: there are as many steps on either side of zero": rounded(largest / 128),
+        "the largest takes 127, not 255: half of the numbers are negative": rounded(largest / 255),
+        "cut off, not rounded: the nearest whole number is wanted": np.trunc((values * 127 / largest).round(6)),
+        "the signs are lost": np.abs(right),
+    }
+    look = "look at the scale first: the number of the largest size is 127 or -127, and the others are in proportion"
+    match(found, right, mistakes, look, lambda a, b: a == b.tolist())
+    return "no number is further off than half a scale, and a row takes a quarter of its bytes."
+
+
+@check
 def check_first_blocks(answer, teacher: nn.Module, layers: int):
     """A student that has copied the first blocks of its teacher, and all that is not a block."""
     if not isinstance(answer, nn.Module):

@@ -355,21 +355,31 @@ def student_variants(profile: Profile) -> list[tuple[str, int]]:
     return controls + [("distilled", layers) for layers in others]
 
 
+def compressed_name(profile: Profile) -> str:
+    """The artefact of the shallowest student with everything done to it (``compression.compress_student``)."""
+    return f"compressed_{min(profile.student_layers)}"
+
+
 def student_names(profile: Profile) -> list[str]:
-    """The artefacts of the students that a profile trains."""
-    return [f"student_{variant}_{layers}" for variant, layers in student_variants(profile)]
+    """The artefacts of the models that notebook 05 makes."""
+    students = [f"student_{variant}_{layers}" for variant, layers in student_variants(profile)]
+    return [*students, compressed_name(profile)]
+
+
+def best_scan(run: Run) -> tuple[float, float]:
+    """Alpha and temperature with the best validation accuracy in the scan."""
+    scan = scan_distillation(run)
+    return tuple(float(value) for value in scan.loc[scan["accuracy"].idxmax(), ["alpha", "temperature"]])
 
 
 def distil_all(run: Run) -> pd.DataFrame:
     """Every student of a profile at the scan's best temperature and alpha. Returns a row a student."""
-    scan = scan_distillation(run)
-    best = scan.loc[scan["accuracy"].idxmax()]
-    rows = []
+    (best, temperature), rows = best_scan(run), []
     for variant, layers in student_variants(run.profile):
-        alpha = 1.0 if variant == "labels_only" else float(best["alpha"])
+        alpha = 1.0 if variant == "labels_only" else best
         from_teacher = variant != "distilled_random"
         name = f"{variant}_{layers}"
-        curve = distil_student(run, name, layers, alpha, float(best["temperature"]), from_teacher)
+        curve = distil_student(run, name, layers, alpha, temperature, from_teacher)
         rows.append({"model": f"student_{name}", "layers": layers, "alpha": alpha, "from_teacher": from_teacher})
-        rows[-1] |= {"temperature": best["temperature"], "accuracy": curve["accuracy"].max()}
+        rows[-1] |= {"temperature": temperature, "accuracy": curve["accuracy"].max()}
     return pd.DataFrame(rows)

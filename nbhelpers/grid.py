@@ -30,8 +30,17 @@ from tqdm import tqdm
 
 from nbhelpers import processes
 from nbhelpers.comparison import LINES, open_test_part, recovered_names
+from nbhelpers.compression import compress_student
 from nbhelpers.data import DataError
-from nbhelpers.experiments import distil_all, finetune_model, reviews_of, runs_of, student_names, train_logits
+from nbhelpers.experiments import (
+    compressed_name,
+    distil_all,
+    finetune_model,
+    reviews_of,
+    runs_of,
+    student_names,
+    train_logits,
+)
 from nbhelpers.models import ModelError, check_model
 from nbhelpers.processes import ProcessError
 from nbhelpers.profiles import ProfileError, get_profile, overrides_of
@@ -56,6 +65,7 @@ from nbhelpers.workspace import Run, WorkspaceError, cores, open_run
 
 # The notebook that would compute a cell otherwise, by the first word of the cell's name.
 NOTEBOOK = {"finetune": "01", "score": "02", "distill": "05", "structured": "04", "open": "06", "judge": "06"}
+NOTEBOOK |= {"compress": "05"}
 NOTEBOOK |= dict.fromkeys(("control", "prune", "recover", "otherwise"), "03")
 
 
@@ -125,6 +135,13 @@ def score_all(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["seed", "score", "lowest", "highest"])
 
 
+def distill_all(run: Run) -> pd.DataFrame:
+    """The students, and the compressed model that comes out of one of them: a row a model."""
+    students, steps = distil_all(run), compress_student(run)
+    last = {"model": compressed_name(run.profile), "accuracy": steps["accuracy"].iloc[-1]}
+    return pd.concat([students, pd.DataFrame([last])], ignore_index=True)
+
+
 def evaluate_all(run: Run) -> pd.DataFrame:
     """The answers on the test reviews of all recovered models, the dense ones and the students: a row a model."""
     open_test_part(run)
@@ -141,7 +158,7 @@ STAGES = {
     "finetune": finetune_all,
     "score": score_all,
     "recover": recover_all,
-    "distill": distil_all,
+    "distill": distill_all,
     "evaluate": evaluate_all,
 }
 
@@ -157,6 +174,7 @@ def phases(run: Run, notebooks: Collection[str] = tuple(NOTEBOOK.values())) -> l
         | {f"prune-{one.seed}-{p}": lambda one=one, p=p: pruned_logits(one, p) for one in seeds for p in PRUNERS},
         {f"recover-{one.seed}-{c}": lambda one=one, c=c: recover_cell(run, one, c) for one in seeds for c in SCORES},
         {f"otherwise-{one.seed}-{w}": lambda one=one, w=w: otherwise_cell(run, one, w) for one in seeds for w in ways}
+        | {f"compress-{run.seed}": lambda: compress_student(run)}
         | {f"structured-{run.seed}-{share:g}": lambda share=share: structured_cell(run, share) for share in shares}
         | {"open-test": lambda: open_test_part(run)},
         {f"judge-{one.seed}-dense": lambda one=one: judge_dense_cell(one) for one in seeds}

@@ -127,6 +127,11 @@ def check_model(profile: Profile) -> None:
             f"student_layers is {profile.student_layers}: the teacher {profile.model!r} has "
             f"{config.num_hidden_layers} layers"
         )
+    if profile.embedding_rank >= config.hidden_size:
+        raise ModelError(
+            f"embedding_rank is {profile.embedding_rank}: the embeddings of {profile.model!r} have "
+            f"{config.hidden_size} features, a thin one has fewer"
+        )
     create_model(profile)
 
 

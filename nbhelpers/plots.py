@@ -317,6 +317,20 @@ def tradeoff(table: pd.DataFrame, x: str, xlabel: str, title: str, ylabel: str =
     return figure
 
 
+def step_sizes(table: pd.DataFrame, title: str) -> Figure:
+    """Size of the file after each step of a compression, with the accuracy; columns step, file_bytes, accuracy."""
+    figure, (ax,) = axes(width=7, height=0.9 + 0.4 * len(table))
+    shades = [COLORS["dense"], *[COLORS["student"]] * (len(table) - 2), COLORS["compressed"]]
+    bars = ax.barh(table["step"], table["file_bytes"] / 1e6, color=shades)
+    texts = [f"{row.file_bytes / 1e6:.2f} MB, {row.accuracy:.1%} right" for row in table.itertuples()]
+    ax.bar_label(bars, texts, padding=4, fontsize="small")
+    ax.set_xlim(0, 1.5 * table["file_bytes"].max() / 1e6)
+    ax.grid(axis="y", visible=False)
+    ax.set(xlabel="megabytes", title=title)
+    ax.invert_yaxis()
+    return figure
+
+
 def compare_and_visualize(comparison: pd.DataFrame) -> dict[str, Figure]:
     """The three figures of a comparison table: accuracy against size, against latency, and the cost of an iteration."""
     table = comparison.assign(

@@ -62,6 +62,7 @@ class Profile:
     distill_batch_size: int = 16
     temperatures: tuple[float, ...] = (1.0, 4.0)
     alphas: tuple[float, ...] = (0.1, 0.5)
+    embedding_rank: int = 32  # of the thin embedding of the compressed model
     scan_steps: int = 40  # steps of each student in the scan of temperature and alpha
 
     # statistics and measurement
@@ -92,6 +93,7 @@ COUNTS = ("max_tokens", "batch_size", "eval_batch_size", "epochs", "recovery_ste
 COUNTS += (
     "accumulation",
     "distill_batch_size",
+    "embedding_rank",
     "scan_steps",
     "latency_repeats",
     "validation_size",
@@ -245,6 +247,7 @@ PROFILES = {
         student_layers=(1,),
         temperatures=(2.0,),
         alphas=(0.5,),
+        embedding_rank=4,
         scan_steps=2,
         calibration_reviews=8,
         latency_batches=(1, 4),
@@ -299,6 +302,7 @@ PROFILES = {
         distill_batch_size=16,
         temperatures=(1.0, 2.0, 4.0),
         alphas=(0.1, 0.5, 0.9),
+        embedding_rank=64,
         scan_steps=300,
         calibration_reviews=1024,
         latency_repeats=25,

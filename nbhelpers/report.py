@@ -23,6 +23,7 @@ LEGEND = (
 )
 # The models of the headline: the key in results.json, and what the page calls them.
 LEADING = {"dense": "Fine-tuned, dense", "sparse": "Pruned and sparse", "student": "Best student"}
+LEADING |= {"compressed": "Everything at once"}
 
 # --- numbers in words ---
 
@@ -99,15 +100,17 @@ def against_counting(found: dict) -> str:
 def headline(results: dict) -> str:
     """What the comparison found, in a few sentences; empty before notebook 06 has run."""
     found = results.get("comparison", {})
-    if not {"dense", "sparse", "student", "test_reviews", "tfidf", "against_tfidf"} <= found.keys():
+    if not {*LEADING, "test_reviews", "tfidf", "against_tfidf"} <= found.keys():
         return ""
-    dense, sparse, student = found["dense"], found["sparse"], found["student"]
+    dense, sparse, student, compressed = (found[name] for name in LEADING)
     return (
         f"On {found['test_reviews']:,} test reviews the fine-tuned model gets {interval(dense)} right. With "
         f"{percent(sparse['encoder_sparsity'], 0)} of its block weights removed, the sparse model gets "
         f"{interval(sparse)}, runs {sparse['speedup']:.1f} times as fast and takes {millions(sparse['file_bytes'])} MB "
         f"on disk instead of {millions(dense['file_bytes'])}. The best student gets {interval(student)} and runs "
-        f"{student['speedup']:.1f} times as fast. {against_counting(found)}"
+        f"{student['speedup']:.1f} times as fast. Shallow, sparse, thin and in eight bits at once, a model gets "
+        f"{interval(compressed)}, runs {compressed['speedup']:.1f} times as fast and takes "
+        f"{millions(compressed['file_bytes'])} MB. {against_counting(found)}"
     )
 
 

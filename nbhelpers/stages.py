@@ -145,12 +145,12 @@ STAGES = {
             "05_distillation",
             "Can a shallower model be taught the same?",
             needs=("fine_tuned",),
-            figures=("05_softened", "05_scan", "05_learning_curves", "05_accuracy", "05_speed"),
-            tables=("distillation_scan", "students", "student_speed"),
+            figures=("05_softened", "05_scan", "05_learning_curves", "05_accuracy", "05_speed", "05_compressed"),
+            tables=("distillation_scan", "students", "student_speed", "compression", "compressed_speed"),
             metrics=promise(
                 "distillation",
                 "alpha temperature teacher_accuracy best_student best_accuracy soft_targets_worth_points "
-                "teacher_layers_worth_points speedup",
+                "teacher_layers_worth_points speedup compressed",
             ),
         ),
         Stage(
@@ -165,6 +165,7 @@ STAGES = {
                 "sparse_*",
                 "compact_*",
                 "student_*",
+                "compressed_*",
             ),
             figures=(
                 "06_accuracy",
@@ -179,9 +180,10 @@ STAGES = {
             tables=("comparison", "significance", "forgotten", "forgotten_associations", "unlearned"),
             metrics=promise(
                 "comparison",
-                "test_reviews models dense control recovered sparse student tfidf against_tfidf forgotten test_part",
+                "test_reviews models dense control recovered sparse student compressed tfidf against_tfidf forgotten "
+                "test_part",
             )
-            + promise("finding", "seeds leaders merge comparator recovery control kept"),
+            + promise("finding", "seeds leaders merge comparator recovery control kept compressed"),
             gaps=("forgotten.learned", "forgotten_associations"),
         ),
     )

@@ -22,6 +22,7 @@ COLORS = {
     "sparse": "#D55E00",
     "compact": "#8A6D00",
     "student": "#56B4E9",
+    "compressed": "#B2182B",
     "baseline": "#999999",
     "random": "#BBBBBB",
     "taylor": "#882255",
@@ -31,7 +32,15 @@ COLORS = {
     "sparsegpt": "#44AA99",
     "torch_csr": "#661100",
 }
-MARKERS = {"pruned": "o", "recovered": "s", "dense": "D", "sparse": "^", "compact": "P", "student": "v"}
+MARKERS = {
+    "pruned": "o",
+    "recovered": "s",
+    "dense": "D",
+    "sparse": "^",
+    "compact": "P",
+    "student": "v",
+    "compressed": "*",
+}
 
 sns.set_theme(context="notebook", style="ticks")
 plt.rcParams |= {

@@ -458,7 +458,8 @@ def maker_of(name: str) -> str:
         "pruned": "03",
         "fine_tuned_extra": "03",
     }
-    makers |= {"sparse": "04", "structured": "04", "compact": "04", "gradual": "03", "taught": "03", "student": "05"}
+    makers |= {"sparse": "04", "structured": "04", "compact": "04", "gradual": "03", "taught": "03"}
+    makers |= {"student": "05", "compressed": "05"}
     return next((number for prefix, number in makers.items() if name.startswith(prefix)), "01")
 
 

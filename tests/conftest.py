@@ -90,7 +90,7 @@ STUDY |= {"recovery_learning_rates": (1e-4, 1e-2), "recovery_sparsities": (0.5, 
 @pytest.fixture(scope="session")
 def finished_study(tmp_path_factory):
     """Everything that the notebooks compute on the smallest profile with two seeds, once for all tests."""
-    from nbhelpers import comparison, experiments, pruning
+    from nbhelpers import comparison, compression, experiments, pruning
     from nbhelpers.profiles import get_profile
     from nbhelpers.workspace import open_run
 
@@ -101,13 +101,16 @@ def finished_study(tmp_path_factory):
         for one in experiments.runs_of(run):
             experiments.finetune_model(one)
         recovered, students = pruning.recover_all(run), experiments.distil_all(run)
+        steps = compression.compress_student(run)
         best = pruning.best_criterion(run)
         pruning.sparsify(run, best, 0.9)
         pruning.compact_model(run, 0.5)
         run.save_table("curves", pd.concat([pruning.pruned_curves(run), pruning.recovered_curves(run)]))
         comparison.open_test_part(run)
+        run.save_table("comparison", comparison.comparison_table(run, ["fine_tuned", "compressed_1"]))
         models = [one.models() for one in experiments.runs_of(run)]
-    return SimpleNamespace(root=root, run=run, best=best, models=models, recovered=recovered, students=students)
+    made = {"recovered": recovered, "students": students, "steps": steps}
+    return SimpleNamespace(root=root, run=run, best=best, models=models, **made)
 
 
 @pytest.fixture

@@ -352,6 +352,14 @@ def softened() -> Case:
     return of_number(((-1.0, 2.0), 4.0), positive(0.75), wrong)
 
 
+def eight_bits() -> Case:
+    right = [26, -2, 127, -51]
+    wrong = [([26, -2, 128, -51], "not 128"), ([52, -4, 255, -102], "not 255"), ([25, -1, 127, -50], "cut off")]
+    wrong += [([26, 2, 127, 51], "signs"), ([26, -2, 127, -52], "in proportion"), ([25.75, -2, 127, -51], "whole")]
+    wrong += [([26, -2, 127], "4 numbers"), ("a text", "list of whole numbers")]
+    return Case(([0.515, -0.035, 2.54, -1.015],), [right, np.array(right), torch.tensor(right)], wrong)
+
+
 def lost_reviews() -> Case:
     right = np.flatnonzero(RIGHT_A & ~RIGHT_B)
     wrong = [
@@ -526,6 +534,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "check_head_masks": head_masks,
     "check_softened": softened,
     "check_lost_reviews": lost_reviews,
+    "check_eight_bits": eight_bits,
     "check_soft_loss": soft_loss,
     "check_first_blocks": first_blocks,
     "check_hidden_loss": hidden_loss,

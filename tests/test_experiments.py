@@ -41,7 +41,7 @@ def test_a_study_leaves_the_models_that_it_promises(study):
     students = [f"student_{variant}_1" for variant in ("distilled", "labels_only", "distilled_random")]
     sparse = [f"{stage}_{study.best}_{p}" for stage, p in (("sparse", 90), ("structured", 50), ("compact", 50))]
     dense = ["pretrained", "fine_tuned", "fine_tuned_extra", *recovered]
-    assert study.models[0] == [*dense, *students, *sparse], "oldest first; the students of the scan are no models"
+    assert study.models[0] == [*dense, *students, "compressed_1", *sparse], "oldest first; the students of the scan are no models"
     assert study.models[1] == dense, "of every seed what is compared over seeds, and nothing else"
     assert study.students["model"].tolist() == students
     for name in study.models[0]:

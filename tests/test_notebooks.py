@@ -222,7 +222,17 @@ def test_every_exercise_waits_for_an_answer_and_every_solution_is_right(run):
 def test_the_comparison_has_a_row_for_every_kind_of_model(run):
     table = run.load_table("comparison")
     names = " ".join(table["model"])
-    for kind in ("fine_tuned", "fine_tuned_extra", "magnitude", "movement", "gradient", "merged", "sparse", "student"):
+    for kind in (
+        "fine_tuned",
+        "fine_tuned_extra",
+        "magnitude",
+        "movement",
+        "gradient",
+        "merged",
+        "sparse",
+        "student",
+        "compressed",
+    ):
         assert kind in names
     needed = "model accuracy accuracy_low accuracy_high f1 total_parameters active_parameters encoder_sparsity "
     needed += "file_bytes latency_ms speedup peak_memory_bytes p_value"

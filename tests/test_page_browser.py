@@ -91,6 +91,7 @@ def made(tmp_path_factory):
             "control": "fine_tuned_extra",
             "sparse": "sparse_merged_90",
             "student": HOSTILE,
+            "compressed": "compact_merged_75",
         }
         run.record(
             "comparison",

@@ -70,7 +70,7 @@ MODEL = {"accuracy_low": 0.8, "accuracy_high": 0.9, "speedup": 1.0, "file_bytes"
 MODEL |= {"model": "fine_tuned", "accuracy": 0.85, "p_value": 1.0}
 
 
-def test_the_headline_is_three_numbers_with_what_they_cost():
+def test_the_headline_is_numbers_with_what_they_cost():
     sparse = {"model": "sparse_x", "accuracy": 0.84, "encoder_sparsity": 0.9, "speedup": 3.0, "p_value": 1e-5}
     found = {"dense": MODEL, "sparse": MODEL | sparse, "student": MODEL | {"model": "student"}, "control": MODEL}
     dense, second, third = report.cards({"comparison": found})
