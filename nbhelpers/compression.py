@@ -19,6 +19,7 @@ from nbhelpers.experiments import (
     teacher_data_and_loss,
     validation_accuracy,
     validator,
+    write_history,
 )
 from nbhelpers.models import prunable_weights
 from nbhelpers.pruning import calibration_rows
@@ -61,10 +62,11 @@ def compress_student(run: Run) -> pd.DataFrame:
         data, loss = teacher_data_and_loss(run, alpha, temperature)
         options = {"mask_keeper": keeper, "validate": accuracy, "loss_function": loss}
         options |= {"checkpoints": checkpoints_of(folder), "description": name.replace("_", " ")}
-        train(model, data, recipe_for(run.profile, "distill"), seed=run.seed, **options)
+        history = train(model, data, recipe_for(run.profile, "distill"), seed=run.seed, **options)
         sparse = convert_to_sparse(model.cpu())
         steps = [("pruned, with a thin embedding", accuracy(sparse), weight_bytes(sparse))]
         save_sparse(quantize(sparse), folder)
+        write_history(folder, history)
         steps.append(("in eight bits", accuracy(sparse), weight_bytes(sparse)))
         (folder / STEPS).write_text(json.dumps(steps), encoding="utf-8")
 
