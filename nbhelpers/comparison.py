@@ -264,7 +264,7 @@ def finding_text(found: dict) -> str:
             f"{points(found['control'])}. Against that control, removing {share} of the block weights is worth "
             f"{points(found['kept'])}: {verdict(found['kept'])}.",
             f"- **Everything at once.** {layers} left, {small['encoder_sparsity']:.0%} of their weights removed, a "
-            f"thin embedding, eight bits: {small['speedup']:.1f} times as fast as the fine-tuned model, its file "
+            f"low-rank embedding, int8: {small['speedup']:.1f} times as fast as the fine-tuned model, its file "
             f"{small['times_smaller']:.0f} times smaller ({small['file_bytes'] / 1e6:.2f} MB), at {points(small)} to "
             f"it, first seed: {verdict(small)}.",
             "- **What none of this shows.** One small model, one task, one language, one recipe of recovery; that a "

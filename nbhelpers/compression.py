@@ -1,4 +1,4 @@
-"""Everything at once, in notebook 05: the shallowest student, pruned, with a thin embedding, in eight bits."""
+"""Everything at once, in notebook 05: the shallowest student, pruned, with a low-rank embedding, in int8."""
 
 import json
 import tempfile
@@ -64,10 +64,10 @@ def compress_student(run: Run) -> pd.DataFrame:
         options |= {"checkpoints": checkpoints_of(folder), "description": name.replace("_", " ")}
         history = train(model, data, recipe_for(run.profile, "distill"), seed=run.seed, **options)
         sparse = convert_to_sparse(model.cpu())
-        steps = [("pruned, with a thin embedding", accuracy(sparse), weight_bytes(sparse))]
+        steps = [("pruned, low-rank embedding", accuracy(sparse), weight_bytes(sparse))]
         save_sparse(quantize(sparse), folder)
         write_history(folder, history)
-        steps.append(("in eight bits", accuracy(sparse), weight_bytes(sparse)))
+        steps.append(("int8", accuracy(sparse), weight_bytes(sparse)))
         (folder / STEPS).write_text(json.dumps(steps), encoding="utf-8")
 
     settings = pick(run.profile, *TRAIN_FIELDS, "distill_epochs", "distill_learning_rate", "distill_batch_size")

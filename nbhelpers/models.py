@@ -130,7 +130,7 @@ def check_model(profile: Profile) -> None:
     if profile.embedding_rank >= config.hidden_size:
         raise ModelError(
             f"embedding_rank is {profile.embedding_rank}: the embeddings of {profile.model!r} have "
-            f"{config.hidden_size} features, a thin one has fewer"
+            f"{config.hidden_size} features, a rank is lower"
         )
     create_model(profile)
 

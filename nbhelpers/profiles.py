@@ -62,7 +62,7 @@ class Profile:
     distill_batch_size: int = 16
     temperatures: tuple[float, ...] = (1.0, 4.0)
     alphas: tuple[float, ...] = (0.1, 0.5)
-    embedding_rank: int = 32  # of the thin embedding of the compressed model
+    embedding_rank: int = 32  # of the token embedding of the compressed model
     scan_steps: int = 40  # steps of each student in the scan of temperature and alpha
 
     # statistics and measurement

@@ -108,8 +108,8 @@ def headline(results: dict) -> str:
         f"{percent(sparse['encoder_sparsity'], 0)} of its block weights removed, the sparse model gets "
         f"{interval(sparse)}, runs {sparse['speedup']:.1f} times as fast and takes {millions(sparse['file_bytes'])} MB "
         f"on disk instead of {millions(dense['file_bytes'])}. The best student gets {interval(student)} and runs "
-        f"{student['speedup']:.1f} times as fast. Shallow, sparse, thin and in eight bits at once, a model gets "
-        f"{interval(compressed)}, runs {compressed['speedup']:.1f} times as fast and takes "
+        f"{student['speedup']:.1f} times as fast. With everything at once (shallow, pruned, low-rank embedding, int8) "
+        f"it gets {interval(compressed)}, runs {compressed['speedup']:.1f} times as fast and takes "
         f"{millions(compressed['file_bytes'])} MB. {against_counting(found)}"
     )
 

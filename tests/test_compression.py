@@ -17,7 +17,7 @@ def small(study):
     return study.run.load_model("compressed_1")
 
 
-def test_the_model_is_shallow_sparse_thin_and_in_eight_bits(study, small):
+def test_the_model_is_shallow_sparse_low_rank_and_int8(study, small):
     profile = study.run.profile
     table = small.transformer.wte
     assert isinstance(table, FactorizedEmbedding) and isinstance(table.table, Int8Embedding)
@@ -35,7 +35,7 @@ def test_the_model_is_shallow_sparse_thin_and_in_eight_bits(study, small):
 
 def test_the_steps_say_what_lies_on_disk_and_what_it_gets_right(study, small):
     run, steps = study.run, study.steps
-    assert steps["step"].tolist() == ["fine-tuned", "distilled", "pruned, with a thin embedding", "in eight bits"]
+    assert steps["step"].tolist() == ["fine-tuned", "distilled", "pruned, low-rank embedding", "int8"]
     assert steps["file_bytes"].iloc[-1] == (run.folder("compressed_1") / "sparse.safetensors").stat().st_size
     assert (
         steps["file_bytes"].is_monotonic_decreasing and steps["file_bytes"].iloc[0] > 10 * steps["file_bytes"].iloc[-1]

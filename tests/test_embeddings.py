@@ -1,4 +1,4 @@
-"""Thin embeddings, values in eight bits: against numpy's decomposition, torch's quantization, and the bits on disk."""
+"""Low-rank embeddings and int8: against numpy's decomposition, torch's quantization, and the bits on disk."""
 
 import json
 import re
@@ -53,34 +53,34 @@ def logits(model):
         return model(**reviews((9, 4))).logits
 
 
-# --- thin embeddings ---
+# --- low-rank embeddings ---
 
 
-def test_the_thin_embedding_is_the_nearest_of_its_rank():
+def test_the_low_rank_embedding_is_the_nearest_of_its_rank():
     table = nn.Embedding(30, 12)
-    thin = FactorizedEmbedding.from_embedding(table, 4)
+    low = FactorizedEmbedding.from_embedding(table, 4)
     singular = np.linalg.svd(table.weight.detach().numpy().astype(float), compute_uv=False)
-    error = (thin(torch.arange(30)) - table.weight).norm().item()
+    error = (low(torch.arange(30)) - table.weight).norm().item()
     assert error == pytest.approx(np.sqrt((singular[4:] ** 2).sum()), rel=1e-5)
-    assert [tuple(p.shape) for p in thin.parameters()] == [(30, 4), (12, 4)]
+    assert [tuple(p.shape) for p in low.parameters()] == [(30, 4), (12, 4)]
 
 
 @pytest.mark.parametrize("rank", [0, 12, 13, -1])
-def test_a_rank_that_is_none_or_saves_nothing_is_refused(rank):
+def test_a_rank_that_is_none_or_saves_nolowg_is_refused(rank):
     with pytest.raises(ValueError, match=f"a rank of {rank}: it takes at least 1 and less than the 12 features"):
         FactorizedEmbedding.from_embedding(nn.Embedding(30, 12), rank)
 
 
-def test_a_model_with_a_thin_embedding_trains_and_is_counted(model):
+def test_a_model_with_a_low_rank_embedding_trains_and_is_counted(model):
     before = count_actual_params(MODELS[model.config.model_type]())
     table, width = 50, 16
     assert count_actual_params(model)["total"] == before["total"] - table * width + 5 * (table + width)
     model(**reviews((9, 4))).logits.sum().backward()
-    thin = next(module for module in model.modules() if isinstance(module, FactorizedEmbedding))
-    assert thin.table.weight.grad.abs().sum() > 0 and thin.expand.weight.grad.abs().sum() > 0
+    low = next(module for module in model.modules() if isinstance(module, FactorizedEmbedding))
+    assert low.table.weight.grad.abs().sum() > 0 and low.expand.weight.grad.abs().sum() > 0
 
 
-def test_the_sparse_model_with_a_thin_embedding_says_the_same(model):
+def test_the_sparse_model_with_a_low_rank_embedding_says_the_same(model):
     sparse = convert_to_sparse(model)
     torch.testing.assert_close(logits(sparse), logits(model), rtol=1e-4, atol=1e-4)
     assert count_actual_params(sparse)["total"] == count_actual_params(model)["total"]
@@ -135,7 +135,7 @@ def test_eight_bits_change_the_logits_little_and_the_file_much(model, tmp_path):
     assert sorted(tables) == sorted(name.removesuffix(".weight") for name in wide if EMBEDDING.search(name))
     for name, tensor in wide.items():
         if name.endswith(".values"):
-            # What is rounded to nothing may be left out.
+            # What is rounded to nolowg may be left out.
             assert narrow[name].dtype == torch.int8 and len(tensor) - 2 <= len(narrow[name]) <= len(tensor)
         elif EMBEDDING.search(name):
             numbers = narrow[name.replace(".weight", ".numbers")]

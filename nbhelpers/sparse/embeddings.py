@@ -1,4 +1,4 @@
-"""What is left when the blocks are small: thin embeddings, and values in eight bits.
+"""What is left when the blocks are small: low-rank embeddings, and values in eight bits.
 
 A table of V tokens and d features becomes the product of a [V, r] and an [r, d] one (factorized embeddings, as in
 ALBERT: Lan et al., 2020), and each row of a table, and of a sparse matrix, is stored as whole numbers from -127 to 127
@@ -51,9 +51,9 @@ class FactorizedEmbedding(nn.Module):
         if not 1 <= rank < features:
             raise ValueError(f"a rank of {rank}: it takes at least 1 and less than the {features} features")
         u, s, v = torch.linalg.svd(embedding.weight.detach().float(), full_matrices=False)
-        thin = cls(tokens, rank, features)
-        thin.table.weight.data, thin.expand.weight.data = u[:, :rank] * s[:rank], v[:rank].t().contiguous()
-        return thin
+        low = cls(tokens, rank, features)
+        low.table.weight.data, low.expand.weight.data = u[:, :rank] * s[:rank], v[:rank].t().contiguous()
+        return low
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: [...] -> [..., features]."""
