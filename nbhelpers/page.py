@@ -90,7 +90,12 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def made_with(run: Run, results: dict) -> str:
     seeds = f"seeds {run.seed} to {run.seed + run.profile.seeds - 1}" if run.profile.seeds > 1 else f"seed {run.seed}"
-    return f"profile `{run.profile.name}`, {seeds}, {results['run']['versions']['device']}"
+    made = f"profile `{run.profile.name}`, {seeds}, {results['run']['versions']['device']}"
+    if "effort" not in results:
+        return made
+    minutes, cores = results["effort"]["process_minutes"], results["effort"]["cores"]
+    took = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+    return f"{made}; {took} of one process's computing, on {cores} cores"
 
 
 def pictured(run: Run, name: str) -> list[str]:

@@ -308,6 +308,7 @@ def run_stages(run: Run, selected: list[Stage], notebooks: Path, known, options,
         except execution.NotebookError as error:
             hint = f"see {shown(failed_copy(run, stage))}; go on with: {go_on(options, stage, selected)}"
             raise PipelineError(f"{stage.name}, {error}\n{hint}", code=1) from error
+        run.record_effort()
         page.write_index(run, known)
     say_where(run, (time.time() - started) / 60)
 

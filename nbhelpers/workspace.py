@@ -365,6 +365,13 @@ class Run:
         results["run"]["revision"] = revision()
         self.write_results(results)
 
+    def record_effort(self) -> None:
+        """Put on record what the artefacts of all seeds took to build: minutes of processes, and on how many cores."""
+        runs = [Run(self.profile, self.seed + i) for i in range(self.profile.seeds)]
+        paths = [path for run in runs for path in run.artifacts.glob("*/artifact.json") if "." not in path.parent.name]
+        seconds = sum(json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in paths)
+        self.record("effort", process_minutes=seconds / 60, cores=cores())
+
     def skip(self, reason: str, *names: str) -> None:
         """Say and put on record why promised figures, tables or metrics ("section.metric") do not apply to this run."""
         print(reason)

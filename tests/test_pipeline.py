@@ -577,6 +577,12 @@ def test_the_readme_is_rewritten_between_its_markers_only(compared, tmp_path):
     assert rows[3].startswith("| sparse | 87.5 % (88.0 to 92.0) |") and rows[3].endswith("| < 0.001 |")
 
 
+@pytest.mark.parametrize(("minutes", "words"), [(12.34, "12 minutes"), (660.0, "11.0 hours")])
+def test_the_readme_says_what_the_results_took(compared, minutes, words):
+    compared.record("effort", process_minutes=minutes, cores=2)
+    assert page.made_with(compared, compared.results()).endswith(f"; {words} of one process's computing, on 2 cores")
+
+
 def test_the_readme_leads_with_thorough_once_it_has_a_finding(compared, workspace, tmp_path, monkeypatch):
     path = tmp_path / "README.md"
     path.write_text("\n".join((*page.FRONT, *page.RESULTS)))

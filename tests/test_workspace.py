@@ -71,6 +71,16 @@ def test_the_record_says_what_made_an_artefact_and_its_sums_are_right(run):
     assert record["files"] == {"tensors.safetensors": hashlib.sha256(content).hexdigest()}
 
 
+def test_the_effort_is_that_of_the_artefacts_of_all_seeds(workspace):
+    run = open_run(get_profile("smoke", seeds=2), 3)
+    for seed, seconds in ((3, 90.0), (4, 45.0), (5, 1000.0)):
+        folder = open_run(run.profile, seed).cached("scores_magnitude", {}, build_counted([]))
+        record = json.loads((folder / "artifact.json").read_text())
+        (folder / "artifact.json").write_text(json.dumps(record | {"seconds": seconds}))
+    run.record_effort()
+    assert run.results()["effort"] == {"process_minutes": 2.25, "cores": workspace_module.cores()}
+
+
 def test_other_settings_or_other_inputs_rebuild(run):
     calls = []
     run.cached("fine_tuned", {"x": 1}, build_counted([]))
