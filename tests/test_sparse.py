@@ -259,6 +259,15 @@ def test_configurations_are_followed(options):
         )
 
 
+def test_of_the_last_block_only_the_last_tokens_are_computed():
+    sparse, seen = convert_gpt2_to_sparse(masked_gpt2()), []
+    for block in sparse.transformer.h:
+        block.mlp.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    with torch.inference_mode():
+        sparse(**reviews((9, 4, 1)))
+    assert seen == [9 + 4 + 1, 3]
+
+
 def test_padding_changes_nothing():
     sparse, batch = convert_gpt2_to_sparse(masked_gpt2(), "numba"), reviews([11, 6])
     wide = {name: F.pad(tensor, (0, 9)) for name, tensor in batch.items()}

@@ -1,8 +1,9 @@
-"""GPT-2 for sequence classification on sparse matrices: inference only, real tokens only.
+"""GPT-2 for sequence classification on sparse matrices: inference only, and only what the logits depend on.
 
 A batch of reviews is padded to the longest one. Here only the real tokens are computed: they stand behind each other
-in one [tokens, features] matrix, and are laid out as [reviews, length] for attention alone. The names of modules and
-parameters are those of ``transformers``.
+in one [tokens, features] matrix, and are laid out as [reviews, length] for attention alone. Of the last block only the
+last token of each review is computed, since nothing reads the others; they still are its keys and values. The names of
+modules and parameters are those of ``transformers``.
 """
 
 import copy
@@ -76,11 +77,16 @@ class SparseGPT2Attention(Float32Inference):
         self.c_attn = SparseLinear(width, 3 * self.heads * size)
         self.c_proj = SparseLinear(self.heads * size, width)
 
-    def forward(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """x: [tokens, width] -> [tokens, width]."""
+    def forward(self, x: torch.Tensor, packing: Packing, last: bool = False) -> torch.Tensor:
+        """x: [tokens, width] -> [tokens, width], or [reviews, width] of the last tokens."""
         qkv = packing.unpack(self.c_attn(x))
         reviews, length, _ = qkv.shape
         q, k, v = qkv.view(reviews, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if last:
+            q = q[torch.arange(reviews, device=q.device), :, packing.lengths - 1, None]
+            real = packing.real[:, None, None]
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=real, scale=self.scale)
+            return self.c_proj(mixed.flatten(1))
         # Padding stands to the right, where a causal mask hides it from every real token.
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return self.c_proj(packing.pack(mixed.transpose(1, 2).flatten(2)))
@@ -121,9 +127,10 @@ class SparseGPT2Block(Float32Inference):
         self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = SparseGPT2MLP(config, layer)
 
-    def forward(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """x: [tokens, width] -> [tokens, width]."""
-        x = x + self.attn(self.ln_1(x), packing)
+    def forward(self, x: torch.Tensor, packing: Packing, last: bool = False) -> torch.Tensor:
+        """x: [tokens, width] -> [tokens, width], or [reviews, width] of the last tokens."""
+        mixed = self.attn(self.ln_1(x), packing, last)
+        x = (packing.last(x) if last else x) + mixed
         return x + self.mlp(self.ln_2(x))
 
 
@@ -138,12 +145,12 @@ class SparseGPT2Model(Float32Inference):
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
     def forward(self, input_ids: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """input_ids: [reviews, length] -> hidden states [tokens, width] of the real tokens."""
+        """input_ids: [reviews, length] -> hidden states [reviews, width] of the last real tokens."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         x = self.wte(packing.pack(input_ids)) + self.wpe(packing.pack(positions))
-        for block in self.h:
+        for block in self.h[:-1]:
             x = block(x, packing)
-        return self.ln_f(x)
+        return self.ln_f(self.h[-1](x, packing, last=True))
 
 
 class SparseGPT2ForSequenceClassification(Float32Inference):
@@ -172,8 +179,7 @@ class SparseGPT2ForSequenceClassification(Float32Inference):
         lengths = self.lengths(input_ids, attention_mask)
         width = int(lengths.max())
         packing = Packing(lengths, width)
-        hidden = self.transformer(input_ids[:, :width], packing)
-        return SequenceClassifierOutputWithPast(logits=self.score(packing.last(hidden)))
+        return SequenceClassifierOutputWithPast(logits=self.score(self.transformer(input_ids[:, :width], packing)))
 
     def lengths(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """The number of tokens [reviews] of each review, at least 1."""
