@@ -226,7 +226,7 @@ def grouped_bars(table: pd.DataFrame, x: str, y: str, hue: str, title: str, ylab
     ax.set_xticks(range(len(groups)), [label(str(group)) for group in groups], **many)
     if log:
         ax.set_yscale("log")
-    ax.set(title=title, ylabel=ylabel)
+    ax.set(title=title, xlabel=label(x), ylabel=ylabel)
     if len(hues) > 1:
         ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
