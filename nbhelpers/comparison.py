@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from nbhelpers import criteria, masks, processes
+from nbhelpers.compression import best_compressed
 from nbhelpers.evaluation import (
     evaluate_model,
     holm,
@@ -17,7 +18,6 @@ from nbhelpers.evaluation import (
 )
 from nbhelpers.experiments import (
     answers_right,
-    compressed_name,
     dataset,
     latency_batch,
     model_bytes,
@@ -176,13 +176,13 @@ def find(run: Run) -> dict:
     leaders: at each sparsity the score that was best on validation, and its difference to the second; merge: the merge
     against the best single criterion; comparator: the best comparator against the best criterion or merge; recovery:
     accuracy on validation before and after; control: the dense model with and without the extra steps; kept: the best
-    criterion against the control; compressed: the model with everything done to it against the dense one, first seed.
+    criterion against the control; compressed: the smallest model that validation accepted against the dense one.
     """
     curves, main = run.load_table("curves"), run.profile.main_sparsity
     mean = curves[curves["split"] == "validation"].groupby(["stage", "sparsity", "criterion"])["accuracy"].mean()
     best, comparator = best_criterion(run), best_comparator(run)
     single = mean["recovered", main][list(criteria.CRITERIA)].idxmax()
-    names, small = recovered_names(run), compressed_name(run.profile)
+    names, small = recovered_names(run), best_compressed(run)
 
     def difference(a: str, b: str) -> dict:
         return paired_difference(right_over_seeds(run, a, "test"), right_over_seeds(run, b, "test"))
@@ -205,7 +205,7 @@ def find(run: Run) -> dict:
             row["p_adjusted"] = adjusted
     rows = run.load_table("comparison").set_index("model")
     smaller = rows.loc["fine_tuned", "file_bytes"] / rows.loc[small, "file_bytes"]
-    tests["compressed"] |= {"layers": min(run.profile.student_layers), "times_smaller": smaller}
+    tests["compressed"] |= {"layers": int(small.split("_")[1]), "times_smaller": smaller}
     tests["compressed"] |= rows.loc[small, ["accuracy", "encoder_sparsity", "speedup", "file_bytes"]].to_dict()
     return {
         "seeds": run.profile.seeds,

@@ -1,4 +1,4 @@
-"""Everything at once, in notebook 05: the shallowest student, pruned, with a low-rank embedding, in int8."""
+"""Everything at once, in notebook 05: a student, pruned, with a low-rank embedding, in int8."""
 
 import json
 import tempfile
@@ -12,7 +12,7 @@ from nbhelpers.checkpoints import checkpoints_of
 from nbhelpers.experiments import (
     TRAIN_FIELDS,
     best_scan,
-    compressed_name,
+    compressed_names,
     model_bytes,
     on_device,
     pick,
@@ -21,13 +21,14 @@ from nbhelpers.experiments import (
     validator,
     write_history,
 )
-from nbhelpers.models import prunable_weights
+from nbhelpers.models import blocks, prunable_weights
 from nbhelpers.pruning import calibration_rows
 from nbhelpers.sparse import convert_to_sparse, factorize_embedding, quantize, save_sparse
 from nbhelpers.statistics import calibrate
 from nbhelpers.training import recipe_for, train
 from nbhelpers.workspace import Run
 
+ACCEPTED = 0.01  # of accuracy: what a small model may cost
 STEPS = "steps.json"  # beside the compressed model: what each step left
 
 
@@ -44,16 +45,15 @@ def taylor_masks(run: Run, model, sparsity: float) -> dict[str, torch.Tensor]:
     return masks.select(criteria.COMPARATORS["taylor"](weights, observed), sparsity)
 
 
-def compress_student(run: Run) -> pd.DataFrame:
+def compress_student(run: Run, layers: int) -> pd.DataFrame:
     """Artefact ``compressed_<layers>``: what is left when every means of these notebooks is used, one on the other.
 
-    The shallowest distilled student loses the profile's ``main_sparsity`` of its block weights, and its token embedding
-    becomes one of rank ``embedding_rank``. So it learns from the labels and the teacher once more, as long as it did as
-    a student; then it is converted to sparse execution and rounded to eight bits. Returns a row a step: step, accuracy
-    (validation), file_bytes.
+    The distilled student of so many layers loses the profile's ``main_sparsity`` of its block weights, and its token
+    embedding becomes one of rank ``embedding_rank``. So it learns from the labels and the teacher once more, as long as
+    it did as a student; then it is converted to sparse execution and rounded to int8. Returns a row a step: model,
+    layers, step, accuracy (validation), file_bytes.
     """
-    name, layers = compressed_name(run.profile), min(run.profile.student_layers)
-    student, (alpha, temperature) = f"student_distilled_{layers}", best_scan(run)
+    name, student, (alpha, temperature) = f"compressed_{layers}", f"student_distilled_{layers}", best_scan(run)
 
     def build(folder: Path):
         model, accuracy = on_device(run, student), validator(run)
@@ -74,9 +74,27 @@ def compress_student(run: Run) -> pd.DataFrame:
     settings |= pick(run.profile, "main_sparsity", "embedding_rank", "calibration_reviews", seed=run.seed)
     settings |= {"alpha": alpha, "temperature": temperature, "score": "taylor"}
     run.cached(name, settings, build, (student, "fine_tuned"), kind="sparse", made_by="05")
-    before = [
-        (what, validation_accuracy(run, of), model_bytes(run, of))
-        for what, of in (("fine-tuned", "fine_tuned"), ("distilled", student))
-    ]
+    before = ("distilled", validation_accuracy(run, student), model_bytes(run, student))
     after = json.loads((run.folder(name) / STEPS).read_text(encoding="utf-8"))
-    return pd.DataFrame([*before, *after], columns=["step", "accuracy", "file_bytes"])
+    table = pd.DataFrame([before, *after], columns=["step", "accuracy", "file_bytes"])
+    table.insert(0, "layers", layers)
+    table.insert(0, "model", name)
+    return table
+
+
+def compress_all(run: Run) -> pd.DataFrame:
+    """``compress_student`` at every depth of the profile, under a row of the fine-tuned model."""
+    dense = {"model": "fine_tuned", "layers": len(blocks(run.load_model("fine_tuned"))), "step": "fine-tuned"}
+    dense |= {"accuracy": validation_accuracy(run, "fine_tuned"), "file_bytes": model_bytes(run, "fine_tuned")}
+    return pd.concat(
+        [pd.DataFrame([dense]), *(compress_student(run, layers) for layers in run.profile.student_layers)],
+        ignore_index=True,
+    )
+
+
+def best_compressed(run: Run) -> str:
+    """The smallest compressed model that loses at most ``ACCEPTED`` on validation, or, without one, the best."""
+    dense = validation_accuracy(run, "fine_tuned")
+    accuracy = {name: validation_accuracy(run, name) for name in compressed_names(run.profile)}
+    good = [name for name in accuracy if accuracy[name] >= dense - ACCEPTED]
+    return min(good, key=lambda name: model_bytes(run, name)) if good else max(accuracy, key=accuracy.get)

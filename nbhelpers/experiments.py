@@ -355,15 +355,15 @@ def student_variants(profile: Profile) -> list[tuple[str, int]]:
     return controls + [("distilled", layers) for layers in others]
 
 
-def compressed_name(profile: Profile) -> str:
-    """The artefact of the shallowest student with everything done to it (``compression.compress_student``)."""
-    return f"compressed_{min(profile.student_layers)}"
+def compressed_names(profile: Profile) -> list[str]:
+    """The artefacts of the students with everything done to them (``compression.compress_student``)."""
+    return [f"compressed_{layers}" for layers in profile.student_layers]
 
 
 def student_names(profile: Profile) -> list[str]:
     """The artefacts of the models that notebook 05 makes."""
     students = [f"student_{variant}_{layers}" for variant, layers in student_variants(profile)]
-    return [*students, compressed_name(profile)]
+    return [*students, *compressed_names(profile)]
 
 
 def best_scan(run: Run) -> tuple[float, float]:

@@ -30,10 +30,9 @@ from tqdm import tqdm
 
 from nbhelpers import processes
 from nbhelpers.comparison import LINES, open_test_part, recovered_names
-from nbhelpers.compression import compress_student
+from nbhelpers.compression import compress_all, compress_student
 from nbhelpers.data import DataError
 from nbhelpers.experiments import (
-    compressed_name,
     distil_all,
     finetune_model,
     reviews_of,
@@ -136,10 +135,10 @@ def score_all(run: Run) -> pd.DataFrame:
 
 
 def distill_all(run: Run) -> pd.DataFrame:
-    """The students, and the compressed model that comes out of one of them: a row a model."""
-    students, steps = distil_all(run), compress_student(run)
-    last = {"model": compressed_name(run.profile), "accuracy": steps["accuracy"].iloc[-1]}
-    return pd.concat([students, pd.DataFrame([last])], ignore_index=True)
+    """The students, and the compressed models that come out of them: a row a model."""
+    students, steps = distil_all(run), compress_all(run)
+    last = steps[steps["step"] == "int8"][["model", "layers", "accuracy"]]
+    return pd.concat([students, last], ignore_index=True)
 
 
 def evaluate_all(run: Run) -> pd.DataFrame:
@@ -174,7 +173,7 @@ def phases(run: Run, notebooks: Collection[str] = tuple(NOTEBOOK.values())) -> l
         | {f"prune-{one.seed}-{p}": lambda one=one, p=p: pruned_logits(one, p) for one in seeds for p in PRUNERS},
         {f"recover-{one.seed}-{c}": lambda one=one, c=c: recover_cell(run, one, c) for one in seeds for c in SCORES},
         {f"otherwise-{one.seed}-{w}": lambda one=one, w=w: otherwise_cell(run, one, w) for one in seeds for w in ways}
-        | {f"compress-{run.seed}": lambda: compress_student(run)}
+        | {f"compress-{run.seed}-{n}": lambda n=n: compress_student(run, n) for n in run.profile.student_layers}
         | {f"structured-{run.seed}-{share:g}": lambda share=share: structured_cell(run, share) for share in shares}
         | {"open-test": lambda: open_test_part(run)},
         {f"judge-{one.seed}-dense": lambda one=one: judge_dense_cell(one) for one in seeds}

@@ -318,10 +318,13 @@ def tradeoff(table: pd.DataFrame, x: str, xlabel: str, title: str, ylabel: str =
 
 
 def step_sizes(table: pd.DataFrame, title: str) -> Figure:
-    """Size of the file after each step of a compression, with the accuracy; columns step, file_bytes, accuracy."""
+    """Size of a file after each step of a compression, with the accuracy: ``compression.compress_all``'s table."""
     figure, (ax,) = axes(width=7, height=0.9 + 0.4 * len(table))
-    shades = [COLORS["dense"], *[COLORS["student"]] * (len(table) - 2), COLORS["compressed"]]
-    bars = ax.barh(table["step"], table["file_bytes"] / 1e6, color=shades)
+    names = [f"{row.step}, {row.layers} layer{'s' * (row.layers > 1)}" for row in table.itertuples()]
+    shades = {"fine-tuned": COLORS["dense"], "int8": COLORS["compressed"]}
+    bars = ax.barh(
+        names, table["file_bytes"] / 1e6, color=[shades.get(step, COLORS["student"]) for step in table["step"]]
+    )
     texts = [f"{row.file_bytes / 1e6:.2f} MB, {row.accuracy:.1%} right" for row in table.itertuples()]
     ax.bar_label(bars, texts, padding=4, fontsize="small")
     ax.set_xlim(0, 1.5 * table["file_bytes"].max() / 1e6)

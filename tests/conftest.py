@@ -101,7 +101,7 @@ def finished_study(tmp_path_factory):
         for one in experiments.runs_of(run):
             experiments.finetune_model(one)
         recovered, students = pruning.recover_all(run), experiments.distil_all(run)
-        steps = compression.compress_student(run)
+        steps = compression.compress_all(run)
         best = pruning.best_criterion(run)
         pruning.sparsify(run, best, 0.9)
         pruning.compact_model(run, 0.5)

@@ -9,6 +9,7 @@ from nbhelpers.models import ModelError, check_model, prunable_weights
 from nbhelpers.profiles import get_profile
 from nbhelpers.pruning import calibration_rows
 from nbhelpers.sparse import FactorizedEmbedding, Int8Embedding, SparseLinear, count_actual_params
+from nbhelpers.workspace import open_run
 
 
 @pytest.fixture
@@ -36,6 +37,8 @@ def test_the_model_is_shallow_sparse_low_rank_and_int8(study, small):
 def test_the_steps_say_what_lies_on_disk_and_what_it_gets_right(study, small):
     run, steps = study.run, study.steps
     assert steps["step"].tolist() == ["fine-tuned", "distilled", "pruned, low-rank embedding", "int8"]
+    assert steps["model"].tolist() == ["fine_tuned", "compressed_1", "compressed_1", "compressed_1"]
+    assert steps["layers"].tolist() == [2, 1, 1, 1]
     assert steps["file_bytes"].iloc[-1] == (run.folder("compressed_1") / "sparse.safetensors").stat().st_size
     assert (
         steps["file_bytes"].is_monotonic_decreasing and steps["file_bytes"].iloc[0] > 10 * steps["file_bytes"].iloc[-1]
@@ -63,9 +66,24 @@ def test_the_zeros_are_those_of_the_lowest_weight_times_gradient(study):
     assert wrong <= 2  # rounding, next to the limit
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "best"),
+    [
+        ({"compressed_2": 0.9, "compressed_1": 0.892}, "compressed_1"),
+        ({"compressed_2": 0.9, "compressed_1": 0.88}, "compressed_2"),
+        ({"compressed_2": 0.7, "compressed_1": 0.8}, "compressed_1"),
+    ],
+)
+def test_the_smallest_that_loses_at_most_a_point_on_validation_is_the_best(monkeypatch, accuracy, best):
+    monkeypatch.setattr(compression, "validation_accuracy", lambda run, name: {"fine_tuned": 0.9, **accuracy}[name])
+    monkeypatch.setattr(compression, "model_bytes", lambda run, name: int(name.split("_")[1]))
+    run = open_run(get_profile("quick", student_layers=(2, 1)))
+    assert compression.best_compressed(run) == best
+
+
 def test_it_is_found_again(study, monkeypatch):
     monkeypatch.setattr(compression, "train", lambda *_, **__: pytest.fail("trained again"))
-    assert compression.compress_student(study.run).equals(study.steps)
+    assert compression.compress_all(study.run).equals(study.steps)
 
 
 def test_a_rank_that_saves_nothing_is_refused_before_anything_runs():

@@ -48,7 +48,7 @@ def test_cells_and_phases_of_smoke():
     assert third[3:] == [f"prune-{seed}-{p}" for seed in (0, 1) for p in (*pruning.SCORES, "sparsegpt")]
     assert fourth == [f"recover-{seed}-{c}" for seed in (0, 1) for c in pruning.SCORES]
     ways = [f"otherwise-{seed}-{way}" for seed in (0, 1) for way in ("gradual", "taught")]
-    assert fifth == [*ways, "compress-0", "structured-0-0.5", "open-test"]
+    assert fifth == [*ways, "compress-0-1", "structured-0-0.5", "open-test"]
     assert sixth[:2] == ["judge-0-dense", "judge-1-dense"]
     assert sixth[2:] == [f"judge-{seed}-{c}" for seed in (0, 1) for c in pruning.SCORES]
 

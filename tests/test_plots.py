@@ -528,3 +528,13 @@ def test_lines_are_named_at_their_ends_and_have_no_legend():
     for text in ax.texts:
         height = ax.transAxes.inverted().transform(ax.transData.transform(text.xy))[1]
         assert text.xyann[1] == pytest.approx(height, abs=0.01)
+
+
+def test_a_bar_a_step_says_size_and_accuracy():
+    steps = ["fine-tuned", "distilled", "int8", "distilled", "int8"]
+    table = pd.DataFrame({"step": steps, "layers": [4, 2, 2, 1, 1], "accuracy": [0.9, 0.89, 0.88, 0.87, 0.861]})
+    (ax,) = drawn(plots.step_sizes(table.assign(file_bytes=[8e6, 6e6, 2e6, 5e6, 1.5e6]), "title")).axes
+    assert [bar.get_width() for bar in ax.patches] == [8.0, 6.0, 2.0, 5.0, 1.5]
+    assert [tick.get_text() for tick in ax.get_yticklabels()][-2:] == ["distilled, 1 layer", "int8, 1 layer"]
+    assert "1.50 MB, 86.1% right" in [text.get_text() for text in ax.texts]
+    assert ax.patches[2].get_facecolor() == ax.patches[4].get_facecolor() != ax.patches[1].get_facecolor()
