@@ -14,7 +14,7 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from nbhelpers import comparison, criteria, experiments, masks, pruning
+from nbhelpers import comparison, compression, criteria, experiments, masks, pruning
 from nbhelpers.models import MINI, check_model, create_student, load_dense, prunable_weights, save_dense
 from nbhelpers.profiles import get_profile
 from nbhelpers.sparse import convert_to_sparse, count_actual_params, load_sparse, save_sparse
@@ -136,6 +136,7 @@ def test_a_llama_goes_through_every_stage(llama_folder, workspace, alone):
     pruning.recover_otherwise(run, "gradual", best, 0.9)
     pruning.sparsify(run, best, 0.9)
     experiments.distil_all(run)
+    assert compression.compress_all(run)["file_bytes"].is_monotonic_decreasing
     assert pruning.structured_sparsities(run) == (), "heads and neurons are taken out of a GPT-2 only"
     comparison.open_test_part(run)
     table = comparison.comparison_table(run, comparison.compared_models(run)).set_index("model")

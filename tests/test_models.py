@@ -251,7 +251,7 @@ def local_folder(tmp_path):
 
 
 def test_a_local_folder_is_a_model(local_folder):
-    profile = get_profile("quick", model=str(local_folder), max_tokens=64)
+    profile = get_profile("quick", model=str(local_folder), max_tokens=64, embedding_rank=4)
     models.check_model(profile)
     assert len(prunable_weights(create_model(profile))) == 8
 
