@@ -238,7 +238,7 @@ def finding_text(found: dict) -> str:
     """The finding on one page, in Markdown."""
     share, recovery, dense = f"{found['sparsity']:.0%}", found["recovery"], found["dense"]["accuracy"]
     small = found["compressed"]
-    layers = f"{small['layers']} layer" + "s" * (small["layers"] > 1)
+    layers = "1 layer left" if small["layers"] == 1 else f"{small['layers']} layers left"
     best, single, comparator = (found[key].replace("_", " ") for key in ("best", "single", "comparator_name"))
     seeds = f"{found['seeds']} seeds" if found["seeds"] > 1 else "one seed"
     leads = [row for row in found["leaders"] if row["p_adjusted"] < 0.05]
@@ -263,7 +263,7 @@ def finding_text(found: dict) -> str:
             f"- **What the dense control says.** The same extra steps change the dense model ({dense:.1%}) by "
             f"{points(found['control'])}. Against that control, removing {share} of the block weights is worth "
             f"{points(found['kept'])}: {verdict(found['kept'])}.",
-            f"- **Everything at once.** {layers} left, {small['encoder_sparsity']:.0%} of their weights removed, a "
+            f"- **Everything at once.** {layers}, {small['encoder_sparsity']:.0%} of the block weights removed, a "
             f"low-rank embedding, int8: {small['speedup']:.1f} times as fast as the fine-tuned model, its file "
             f"{small['times_smaller']:.0f} times smaller ({small['file_bytes'] / 1e6:.2f} MB), at {points(small)} to "
             f"it, first seed: {verdict(small)}.",

@@ -1,5 +1,6 @@
 """Everything at once, in notebook 05: a student, pruned, with a low-rank embedding, in int8."""
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -49,8 +50,8 @@ def compress_student(run: Run, layers: int) -> pd.DataFrame:
     """Artefact ``compressed_<layers>``: what is left when every means of these notebooks is used, one on the other.
 
     The distilled student of so many layers loses the profile's ``main_sparsity`` of its block weights, and its token
-    embedding becomes one of rank ``embedding_rank``. So it learns from the labels and the teacher once more, as long as
-    it did as a student; then it is converted to sparse execution and rounded to int8. Returns a row a step: model,
+    embedding becomes one of rank ``embedding_rank``. So it learns from the labels and the teacher once more, for
+    ``compress_epochs``; then it is converted to sparse execution and rounded to int8. Returns a row a step: model,
     layers, step, accuracy (validation), file_bytes.
     """
     name, student, (alpha, temperature) = f"compressed_{layers}", f"student_distilled_{layers}", best_scan(run)
@@ -62,7 +63,9 @@ def compress_student(run: Run, layers: int) -> pd.DataFrame:
         data, loss = teacher_data_and_loss(run, alpha, temperature)
         options = {"mask_keeper": keeper, "validate": accuracy, "loss_function": loss}
         options |= {"checkpoints": checkpoints_of(folder), "description": name.replace("_", " ")}
-        history = train(model, data, recipe_for(run.profile, "distill"), seed=run.seed, **options)
+        times = {"learning_rate": run.profile.compress_learning_rate, "epochs": run.profile.compress_epochs}
+        recipe = dataclasses.replace(recipe_for(run.profile, "distill"), **times)
+        history = train(model, data, recipe, seed=run.seed, **options)
         sparse = convert_to_sparse(model.cpu())
         steps = [("pruned, low-rank embedding", accuracy(sparse), weight_bytes(sparse))]
         save_sparse(quantize(sparse), folder)
@@ -70,7 +73,7 @@ def compress_student(run: Run, layers: int) -> pd.DataFrame:
         steps.append(("int8", accuracy(sparse), weight_bytes(sparse)))
         (folder / STEPS).write_text(json.dumps(steps), encoding="utf-8")
 
-    settings = pick(run.profile, *TRAIN_FIELDS, "distill_epochs", "distill_learning_rate", "distill_batch_size")
+    settings = pick(run.profile, *TRAIN_FIELDS, "compress_epochs", "compress_learning_rate", "distill_batch_size")
     settings |= pick(run.profile, "main_sparsity", "embedding_rank", "calibration_reviews", seed=run.seed)
     settings |= {"alpha": alpha, "temperature": temperature, "score": "taylor"}
     run.cached(name, settings, build, (student, "fine_tuned"), kind="sparse", made_by="05")

@@ -62,7 +62,11 @@ class Profile:
     distill_batch_size: int = 16
     temperatures: tuple[float, ...] = (1.0, 4.0)
     alphas: tuple[float, ...] = (0.1, 0.5)
-    embedding_rank: int = 32  # of the token embedding of the compressed model
+
+    # everything at once
+    embedding_rank: int = 32  # of the token embedding of a compressed model
+    compress_epochs: int = 2
+    compress_learning_rate: float = 1e-3
     scan_steps: int = 40  # steps of each student in the scan of temperature and alpha
 
     # statistics and measurement
@@ -94,6 +98,7 @@ COUNTS += (
     "accumulation",
     "distill_batch_size",
     "embedding_rank",
+    "compress_epochs",
     "scan_steps",
     "latency_repeats",
     "validation_size",
@@ -103,7 +108,14 @@ COUNTS += (
 )
 SHARES = ("head_share", "warmup_share", "dropout", "alphas", "layer_decay", "prefix_share")
 SPARSITIES = ("sparsities", "recovery_sparsities", "main_sparsity", "structured_sparsities", "comparator_sparsities")
-POSITIVE = ("learning_rate", "recovery_learning_rates", "distill_learning_rate", "temperatures", "max_grad_norm")
+POSITIVE = (
+    "compress_learning_rate",
+    "learning_rate",
+    "recovery_learning_rates",
+    "distill_learning_rate",
+    "temperatures",
+    "max_grad_norm",
+)
 NAMES = ("model", "model_revision", "data", "data_revision")
 TYPES = {field.name: field.type for field in dataclasses.fields(Profile)}
 
@@ -248,6 +260,7 @@ PROFILES = {
         temperatures=(2.0,),
         alphas=(0.5,),
         embedding_rank=4,
+        compress_epochs=1,
         scan_steps=2,
         calibration_reviews=8,
         latency_batches=(1, 4),
@@ -303,6 +316,8 @@ PROFILES = {
         temperatures=(1.0, 2.0, 4.0),
         alphas=(0.1, 0.5, 0.9),
         embedding_rank=64,
+        compress_epochs=3,
+        compress_learning_rate=1e-4,
         scan_steps=300,
         calibration_reviews=1024,
         latency_repeats=25,

@@ -319,7 +319,7 @@ def test_a_finding_in_words_worked_out_by_hand():
         "p = 0.2): not distinguishable from none.",
         "Merged at 90% (validation): 61.2% right after pruning, 84.3% after recovery.",
         "change the dense model (88.0%) by +0.3 points (-0.7 to +1.3, p = 0.6).",
-        "1 layer left, 91% of their weights removed, a low-rank embedding, int8: 12.0 times as fast as the",
+        "1 layer left, 91% of the block weights removed, a low-rank embedding, int8: 12.0 times as fast as the",
         "25 times smaller (0.55 MB), at -0.6 points (-1.6 to +0.4, p = 0.3) to it, first seed: not distinguishable",
         "removing 90% of the block weights is worth -3.0 points (-4.0 to -2.0, p < 0.001): worse beyond chance.",
     ):
