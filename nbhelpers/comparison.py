@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from nbhelpers import criteria, masks, processes
-from nbhelpers.compression import best_compressed
+from nbhelpers.compression import best_compressed, depth
 from nbhelpers.evaluation import (
     evaluate_model,
     holm,
@@ -205,7 +205,7 @@ def find(run: Run) -> dict:
             row["p_adjusted"] = adjusted
     rows = run.load_table("comparison").set_index("model")
     smaller = rows.loc["fine_tuned", "file_bytes"] / rows.loc[small, "file_bytes"]
-    tests["compressed"] |= {"layers": int(small.split("_")[1]), "times_smaller": smaller}
+    tests["compressed"] |= {"layers": depth(run, small), "times_smaller": smaller}
     tests["compressed"] |= rows.loc[small, ["accuracy", "encoder_sparsity", "speedup", "file_bytes"]].to_dict()
     return {
         "seeds": run.profile.seeds,

@@ -22,7 +22,7 @@ from nbhelpers.experiments import (
     validator,
     write_history,
 )
-from nbhelpers.models import blocks, prunable_weights
+from nbhelpers.models import load_config, prunable_weights
 from nbhelpers.pruning import calibration_rows
 from nbhelpers.sparse import convert_to_sparse, factorize_embedding, quantize, save_sparse
 from nbhelpers.statistics import calibrate
@@ -30,13 +30,18 @@ from nbhelpers.training import recipe_for, train
 from nbhelpers.workspace import Run
 
 ACCEPTED = 0.01  # of accuracy: what a small model may cost
-STEPS = "steps.json"  # beside the compressed model: what each step left
+BEFORE = "before_int8.json"  # beside the compressed model: what it was before it was rounded
 
 
 def weight_bytes(model) -> int:
     """Bytes of the weights of a sparse model on disk."""
     with tempfile.TemporaryDirectory() as folder:
         return sum(path.stat().st_size for path in save_sparse(model, folder).glob("*.safetensors"))
+
+
+def depth(run: Run, name: str) -> int:
+    """How many layers a model of the run has."""
+    return load_config(run.folder(name)).num_hidden_layers
 
 
 def taylor_masks(run: Run, model, sparsity: float) -> dict[str, torch.Tensor]:
@@ -67,19 +72,21 @@ def compress_student(run: Run, layers: int) -> pd.DataFrame:
         recipe = dataclasses.replace(recipe_for(run.profile, "distill"), **times)
         history = train(model, data, recipe, seed=run.seed, **options)
         sparse = convert_to_sparse(model.cpu())
-        steps = [("pruned, low-rank embedding", accuracy(sparse), weight_bytes(sparse))]
+        before = ("pruned, low-rank embedding", accuracy(sparse), weight_bytes(sparse))
+        (folder / BEFORE).write_text(json.dumps(before), encoding="utf-8")
         save_sparse(quantize(sparse), folder)
         write_history(folder, history)
-        steps.append(("int8", accuracy(sparse), weight_bytes(sparse)))
-        (folder / STEPS).write_text(json.dumps(steps), encoding="utf-8")
 
     settings = pick(run.profile, *TRAIN_FIELDS, "compress_epochs", "compress_learning_rate", "distill_batch_size")
     settings |= pick(run.profile, "main_sparsity", "embedding_rank", "calibration_reviews", seed=run.seed)
     settings |= {"alpha": alpha, "temperature": temperature, "score": "taylor"}
     run.cached(name, settings, build, (student, "fine_tuned"), kind="sparse", made_by="05")
-    before = ("distilled", validation_accuracy(run, student), model_bytes(run, student))
-    after = json.loads((run.folder(name) / STEPS).read_text(encoding="utf-8"))
-    table = pd.DataFrame([before, *after], columns=["step", "accuracy", "file_bytes"])
+    steps = [
+        ("distilled", validation_accuracy(run, student), model_bytes(run, student)),
+        json.loads((run.folder(name) / BEFORE).read_text(encoding="utf-8")),
+        ("int8", validation_accuracy(run, name), model_bytes(run, name)),
+    ]
+    table = pd.DataFrame(steps, columns=["step", "accuracy", "file_bytes"])
     table.insert(0, "layers", layers)
     table.insert(0, "model", name)
     return table
@@ -87,7 +94,7 @@ def compress_student(run: Run, layers: int) -> pd.DataFrame:
 
 def compress_all(run: Run) -> pd.DataFrame:
     """``compress_student`` at every depth of the profile, under a row of the fine-tuned model."""
-    dense = {"model": "fine_tuned", "layers": len(blocks(run.load_model("fine_tuned"))), "step": "fine-tuned"}
+    dense = {"model": "fine_tuned", "layers": depth(run, "fine_tuned"), "step": "fine-tuned"}
     dense |= {"accuracy": validation_accuracy(run, "fine_tuned"), "file_bytes": model_bytes(run, "fine_tuned")}
     return pd.concat(
         [pd.DataFrame([dense]), *(compress_student(run, layers) for layers in run.profile.student_layers)],

@@ -89,6 +89,11 @@ def write_history(folder: Path, history: list[dict]) -> None:
     (folder / "history.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
 
 
+def save_trained(model, history: list[dict], folder: Path) -> None:
+    save_dense(model, folder)
+    write_history(folder, history)
+
+
 def read_history(run: Run, name: str) -> pd.DataFrame:
     """The learning curve of a model: epoch, steps, loss, losses (each step's), accuracy (validation), seconds."""
     return pd.DataFrame(json.loads((run.folder(name) / "history.json").read_text(encoding="utf-8")))
@@ -127,6 +132,22 @@ def finetuning_settings(run: Run) -> dict:
     return pick(run.profile, *DATA_FIELDS, *FINETUNE_FIELDS, seed=run.seed) | reviews
 
 
+def fine_tune(run: Run, model, folder: Path, description: str, observers: tuple = ()) -> list[dict]:
+    """Train a model by the profile's recipe, into the folder of the artefact being built; returns the history."""
+    history = train(
+        model,
+        dataset(run, "train"),
+        recipe_for(run.profile, "finetune"),
+        seed=run.seed,
+        observers=observers,
+        validate=validator(run),
+        checkpoints=checkpoints_of(folder),
+        description=description,
+    )
+    save_trained(model, history, folder)
+    return history
+
+
 def finetune_model(run: Run) -> pd.DataFrame:
     """Artefact ``fine_tuned``: the model after fine-tuning, with what was observed of every prunable weight.
 
@@ -138,20 +159,9 @@ def finetune_model(run: Run) -> pd.DataFrame:
         model = on_device(run, "pretrained")
         observed = {"mean_abs_gradient": GradientMagnitude(model), "first_order_movement": FirstOrderMovement(model)}
         flagged = FlaggedSets(observed["mean_abs_gradient"], run.profile.main_sparsity)
-        history = train(
-            model,
-            dataset(run, "train"),
-            recipe_for(run.profile, "finetune"),
-            seed=run.seed,
-            observers=(flagged, *observed.values()),
-            validate=validator(run),
-            checkpoints=checkpoints_of(folder),
-            description="fine-tuning",
-        )
-        save_dense(model, folder)
+        fine_tune(run, model, folder, "fine-tuning", (flagged, *observed.values()))
         save_statistics(folder, {key: observer.mean() for key, observer in observed.items()})
         save_file(flagged.tensors(), folder / FLAGGED)
-        write_history(folder, history)
 
     settings = finetuning_settings(run) | pick(run.profile, "main_sparsity")
     run.cached("fine_tuned", settings, build, ("pretrained",), kind="dense", made_by="01")
@@ -226,8 +236,7 @@ def distil_student(
             checkpoints=checkpoints_of(folder),
             description=f"student {name}",
         )
-        save_dense(student, folder)
-        write_history(folder, history)
+        save_trained(student, history, folder)
 
     settings = pick(run.profile, *TRAIN_FIELDS, "distill_epochs", "distill_learning_rate", "distill_batch_size")
     settings |= {"layers": layers, "alpha": alpha, "temperature": temperature, "from_teacher": from_teacher}

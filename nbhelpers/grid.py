@@ -32,14 +32,7 @@ from nbhelpers import processes
 from nbhelpers.comparison import LINES, open_test_part, recovered_names
 from nbhelpers.compression import compress_all, compress_student
 from nbhelpers.data import DataError
-from nbhelpers.experiments import (
-    distil_all,
-    finetune_model,
-    reviews_of,
-    runs_of,
-    student_names,
-    train_logits,
-)
+from nbhelpers.experiments import distil_all, finetune_model, reviews_of, runs_of, student_names, train_logits
 from nbhelpers.models import ModelError, check_model
 from nbhelpers.processes import ProcessError
 from nbhelpers.profiles import ProfileError, get_profile, overrides_of
@@ -134,7 +127,7 @@ def score_all(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["seed", "score", "lowest", "highest"])
 
 
-def distill_all(run: Run) -> pd.DataFrame:
+def distil_and_compress(run: Run) -> pd.DataFrame:
     """The students, and the compressed models that come out of them: a row a model."""
     students, steps = distil_all(run), compress_all(run)
     last = steps[steps["step"] == "int8"][["model", "layers", "accuracy"]]
@@ -157,7 +150,7 @@ STAGES = {
     "finetune": finetune_all,
     "score": score_all,
     "recover": recover_all,
-    "distill": distill_all,
+    "distill": distil_and_compress,
     "evaluate": evaluate_all,
 }
 

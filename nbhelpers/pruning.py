@@ -25,12 +25,12 @@ from nbhelpers.experiments import (
     reviews_fingerprint,
     runs_of,
     save_statistics,
+    save_trained,
     teacher_data_and_loss,
     validation_accuracy,
     validator,
-    write_history,
 )
-from nbhelpers.models import has_structures, load_config, prunable_weights, save_dense, stored_in_out, structures
+from nbhelpers.models import has_structures, load_config, prunable_weights, stored_in_out, structures
 from nbhelpers.profiles import Profile
 from nbhelpers.progress import track
 from nbhelpers.sparse import convert_to_sparse, save_sparse
@@ -192,11 +192,6 @@ def train_on(run: Run, model, description: str, rate: float, checkpoints, keeper
     recipe = dataclasses.replace(recipe_for(run.profile, "recover"), learning_rate=rate)
     options = {"seed": run.seed, "mask_keeper": keeper, "loss_function": loss, "description": description}
     return train(model, data or dataset(run, "train"), recipe, checkpoints=checkpoints, **options)
-
-
-def save_trained(model, history: list[dict], folder: Path) -> None:
-    save_dense(model, folder)
-    write_history(folder, history)
 
 
 def recover_in_place(run: Run, what: str, sparsity: float, rate: float, chosen: dict | None, folder: Path) -> tuple:

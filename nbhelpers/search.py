@@ -22,11 +22,11 @@ from scipy.stats import loguniform
 from sklearn.metrics import log_loss
 from sklearn.model_selection import ParameterSampler
 
-from nbhelpers.checkpoints import checkpoints_of
 from nbhelpers.evaluation import over_seeds, paired_difference, wilson_interval
 from nbhelpers.experiments import (
     answers_right,
     dataset,
+    fine_tune,
     finetuning_settings,
     open_test,
     probabilities,
@@ -34,14 +34,11 @@ from nbhelpers.experiments import (
     right_over_seeds,
     runs_of,
     split_logits,
-    validator,
-    write_history,
 )
 from nbhelpers.grid import CLEAR_ERRORS, add_run, children_deaf_to_ctrl_c, keep_quiet, open_checked, workers
-from nbhelpers.models import create_model, save_dense, source_fingerprint
+from nbhelpers.models import create_model, source_fingerprint
 from nbhelpers.profiles import Profile
 from nbhelpers.style import axes, color, name_lines
-from nbhelpers.training import recipe_for, train
 from nbhelpers.workspace import Run, WorkspaceError, open_run, root, write_text
 
 # What is drawn from; all else stays as the profile has it.
@@ -77,20 +74,9 @@ def fit(run: Run, start: str) -> None:
 
     def build(folder):
         model = create_model(run.profile, run.seed, pretrained=start == "pretrained")
-        history = train(
-            model,
-            dataset(run, "train"),
-            recipe_for(run.profile, "finetune"),
-            seed=run.seed,
-            validate=validator(run),
-            checkpoints=checkpoints_of(folder),
-            description=f"{run.profile.name}, {start}",
-        )
-        save_dense(model, folder)
-        write_history(folder, history)
-        print(
-            f"{run.profile.name}, {start}: {max(entry['accuracy'] for entry in history):.1%} on validation", flush=True
-        )
+        what = f"{run.profile.name}, {start}"
+        history = fine_tune(run, model, folder, what)
+        print(f"{what}: {max(entry['accuracy'] for entry in history):.1%} on validation", flush=True)
 
     settings = finetuning_settings(run) | {"start": start, "weights": source_fingerprint(run.profile)}
     run.cached(start, settings, build, kind="dense", made_by="01")

@@ -291,6 +291,12 @@ class Run:
             )
         return record
 
+    def records(self) -> list[dict]:
+        """What ``artifact.json`` says of each finished artefact."""
+        # A folder with a dot in its name is what a killed run left while it was writing.
+        paths = [path for path in self.artifacts.glob("*/artifact.json") if "." not in path.parent.name]
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
     def folder(self, name: str) -> Path:
         """The folder of a finished artefact after its checksums were found right."""
         record, folder = self.artifact(name), self.artifacts / name
@@ -308,10 +314,7 @@ class Run:
 
     def models(self) -> list[str]:
         """Names of the models that this run has made, oldest first."""
-        # A folder with a dot in its name is what a killed run left while it was writing.
-        paths = [path for path in self.artifacts.glob("*/artifact.json") if "." not in path.parent.name]
-        records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        return [r["name"] for r in sorted(records, key=lambda r: r["created"]) if r["kind"] in LOADERS]
+        return [r["name"] for r in sorted(self.records(), key=lambda r: r["created"]) if r["kind"] in LOADERS]
 
     def load_model(self, name: str) -> torch.nn.Module:
         """A model of this run in eval mode, sparse where it is sparse.
@@ -368,8 +371,7 @@ class Run:
     def record_effort(self) -> None:
         """Put on record what the artefacts of all seeds took to build: minutes of processes, and on how many cores."""
         runs = [Run(self.profile, self.seed + i) for i in range(self.profile.seeds)]
-        paths = [path for run in runs for path in run.artifacts.glob("*/artifact.json") if "." not in path.parent.name]
-        seconds = sum(json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in paths)
+        seconds = sum(record["seconds"] for run in runs for record in run.records())
         self.record("effort", process_minutes=seconds / 60, cores=cores())
 
     def skip(self, reason: str, *names: str) -> None:

@@ -69,7 +69,7 @@ def test_search_judges_each_trial_on_validation(searched):
 
 def test_a_second_search_finds_what_is_there_and_goes_on(searched, monkeypatch):
     run, table = searched
-    monkeypatch.setattr(search, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(search, "fine_tune", lambda *_, **__: pytest.fail("trained again"))
     pd.testing.assert_frame_equal(search.search(run, 2), table)
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         search.search(run, 3)

@@ -109,8 +109,9 @@ def unpack_layer(parts: dict[str, torch.Tensor], in_features: int, backend: str)
         raise ValueError(f"a bitmap has {int(mask.sum())} weights and {len(values)} values")
     if (values.dtype == torch.int8) != (scale is not None) or (scale is not None and scale.shape != bias.shape):
         raise ValueError("values in eight bits and a scale for each row belong together")
+    values, columns, starts = mask_to_csr(mask, values)
     if scale is not None:
-        values = values * scale[row_numbers(mask_to_csr(mask, values)[2])]
-    layer = SparseLinear.from_csr(*mask_to_csr(mask, values), bias, in_features, backend)
+        values = values * scale[row_numbers(starts)]
+    layer = SparseLinear.from_csr(values, columns, starts, bias, in_features, backend)
     layer.scale = scale
     return layer
