@@ -17,7 +17,6 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from scipy.special import expit, rel_entr
 
 from nbhelpers import experiments, masks, pruning
@@ -28,6 +27,7 @@ from nbhelpers.models import LABEL_NAMES, position, predict_logits, prunable_wei
 from nbhelpers.plots import COLORS, color, label
 from nbhelpers.progress import track
 from nbhelpers.sparse import convert_to_sparse
+from nbhelpers.style import in_percent
 from nbhelpers.workspace import Run
 
 MOST_WEIGHTS = 2_000_000  # of a larger model, a sample of this size follows the sliders
@@ -195,7 +195,7 @@ class CriteriaPanel:
         bars.set_yticks(range(len(names)), [label(name) for name in names])
         bars.set(xlim=(0, 1.18), xlabel="share flagged")
         bars.invert_yaxis()
-        bars.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        in_percent(bars.xaxis)
         table = self.cells.assign(value=0.0).pivot(index="layer", columns="module", values="value")
         self.kept = Heatmap(kept, table)
         kept.set(title="kept of each matrix", ylabel="layer")
@@ -315,7 +315,7 @@ class SparsityPanel:
         curve.set(xlabel="share of block weights removed", ylabel="accuracy, all validation reviews")
         curve.set_title("dashed: pruned, solid: recovered")
         for axis in (curve.xaxis, curve.yaxis):
-            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+            in_percent(axis)
         dots.axhspan(0, 0.5, xmin=0.5, color=COLORS["sparse"], alpha=0.08)
         dots.axhspan(0.5, 1, xmax=0.5, color=COLORS["gradient"], alpha=0.08)
         dots.text(0.98, 0.03, "forgotten", ha="right", color=COLORS["sparse"])
@@ -397,7 +397,7 @@ class LatencyPanel:
             ylim=(0, 1.2 * self.table["speedup"].max()),
         )
         self.curve.set_title("pale: other batches and threads; band: quartiles")
-        self.curve.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        in_percent(self.curve.xaxis)
         self.pair = self.bars.barh([0, 1], [1, 1], color=[COLORS["dense"], COLORS["sparse"]])
         (self.spread,) = self.bars.plot([], [], color=COLORS["compact"], linewidth=3)
         self.bars.set_yticks([0, 1], ["dense", "sparse"])

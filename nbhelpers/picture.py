@@ -35,9 +35,9 @@ class Cost:
 
 
 COSTS = (
-    Cost("speed", "speedup", 1, "Speed-up", "times the dense model's speed (more is better)"),
-    Cost("latency", "latency_ms", 1, "Latency", "milliseconds a batch (less is better)"),
-    Cost("size", "file_bytes", 1e6, "File size", "MB on disk (less is better)"),
+    Cost("speed", "speedup", 1, "Speed-up", "times the dense speed (log scale, more is better)"),
+    Cost("latency", "latency_ms", 1, "Latency", "milliseconds a batch (log scale, less is better)"),
+    Cost("size", "file_bytes", 1e6, "File size", "MB on disk (log scale, less is better)"),
 )
 
 
@@ -92,11 +92,19 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [float(value) for value in values if low <= value <= high]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten from ``low`` to ``high``; where that is hardly any, round numbers."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    values = [float(f"{step}e{power}") for power in powers for step in (1, 2, 5)]
+    within = [value for value in values if low <= value <= high]
+    return within if len(within) > 2 else ticks(low, high, 4)
+
+
 def draw(table: pd.DataFrame, lines: dict[str, float]) -> dict | None:
     """Axes, ticks, lines and marks of the picture in pixels, for each of ``FRAMES``.
 
     table: comparison, of which ``COSTS`` that are no column are left out; lines: accuracies to draw across, by label.
-    None where there is no cost at all. Raises ``ValueError`` for a number that is missing or infinite.
+    None where there is no cost at all. Raises ``ValueError`` for a number that is missing or infinite, or no cost.
     """
     costs = [cost for cost in COSTS if cost.column in table]
     if not costs:
@@ -104,6 +112,8 @@ def draw(table: pd.DataFrame, lines: dict[str, float]) -> dict | None:
     used = table[["accuracy", "accuracy_low", "accuracy_high", *(cost.column for cost in costs)]]
     if not all(map(math.isfinite, used.to_numpy(dtype=float).ravel())):
         raise ValueError("the comparison has accuracies or costs that are missing or infinite")
+    if not (used[[cost.column for cost in costs]] > 0).all(axis=None):
+        raise ValueError("the comparison has costs that are not above zero")
     return {
         "costs": costs,
         "frames": [{"frame": frame, **drawing(table, costs, frame, lines)} for frame in FRAMES],
@@ -122,17 +132,14 @@ def drawing(table: pd.DataFrame, costs: list[Cost], frame: Frame, lines: dict[st
     axes, places = [], {}
     for cost in costs:
         values = table[cost.column] / cost.unit
-        scale = (frame.right - frame.left) / (1.09 * values.max())
-        axes.append(
-            {
-                "cost": cost,
-                "ticks": [
-                    (round(frame.left + scale * value, 1), f"{value:g}")
-                    for value in ticks(0, 1.09 * values.max(), 7 if frame.name == "wide" else 5)
-                ],
-            }
-        )
-        exact = [frame.left + scale * value for value in values]
+        left, right = values.min() / 1.3, values.max() * 1.3
+        scale = (frame.right - frame.left) / math.log(right / left)
+
+        def x(value: float, left=left, scale=scale) -> float:
+            return frame.left + scale * math.log(value / left)
+
+        axes.append({"cost": cost, "ticks": [(round(x(value), 1), f"{value:g}") for value in log_ticks(left, right)]})
+        exact = [x(value) for value in values]
         places[cost.key] = side_by_side(exact, frame.apart, frame.left + 6, frame.right - 6)
     marks = [
         {

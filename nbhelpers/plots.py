@@ -5,11 +5,23 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from nbhelpers.evaluation import wilson_interval
 from nbhelpers.models import position
-from nbhelpers.style import COLORS, MARKERS, axes, color, describe, label, name_lines, note, show
+from nbhelpers.style import (
+    COLORS,
+    MARKERS,
+    axes,
+    color,
+    describe,
+    in_percent,
+    label,
+    name_lines,
+    note,
+    plain_numbers,
+    show,
+    spread,
+)
 
 __all__ = ["COLORS", "MARKERS", "color", "label", "position", "show"]  # what notebooks take from here
 
@@ -48,7 +60,7 @@ def learning_curves(curves: dict[str, pd.DataFrame], lines: dict[str, float], ti
         note(right, 0.02, value, name)
     left.set(xlabel="optimizer steps", ylabel="training loss", title=title)
     right.set(xlabel="optimizer steps", ylabel="validation accuracy", title="bars: 95 % intervals")
-    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    in_percent(right.yaxis)
     if len(curves) > 1:
         name_lines(right)
     return figure
@@ -200,9 +212,9 @@ def accuracy_curves(curves: pd.DataFrame, dense: float, control: float | None = 
             xlabel="share of block weights removed",
             title={"pruned": "right after pruning"}.get(stage, "after recovery"),
         )
-        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        in_percent(ax.xaxis)
     row[0].set_ylabel("validation accuracy")
-    row[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    in_percent(row[0].yaxis)
     for ax in row:
         name_lines(ax)
     return figure
@@ -248,7 +260,7 @@ def break_even(table: pd.DataFrame, engine: str) -> Figure:
         ax.axhline(1, color=COLORS["dense"], linestyle="--")
         note(ax, 0.03, 1, "dense")
         ax.set(title=f"{size:,} tokens", xlabel="share of weights removed")
-        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        in_percent(ax.xaxis)
     row[0].set_ylabel("speed, dense product = 1")
     name_lines(row[-1])
     describe(figure, "A line is a matrix: features in to features out")
@@ -284,37 +296,47 @@ def roofline(table: pd.DataFrame, limits: dict[str, float]) -> Figure:
     ax.set(xscale="log", yscale="log", xlabel="useful operations a byte of memory traffic")
     ax.set(ylabel="useful GFLOP a second", title="Roofline: what limits each engine")
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
+        plain_numbers(axis)
     ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
 def tradeoff(table: pd.DataFrame, x: str, xlabel: str, title: str, ylabel: str = "test accuracy") -> Figure:
-    """Accuracy with its interval against a cost, a point per model; the names stand in a column, best on top."""
+    """Accuracy with its interval against a cost (log axis), a numbered mark a model; names in a column, best on top."""
     figure, (ax,) = axes(width=8.6, height=4.6)
     ordered = table.sort_values("accuracy", ascending=False)
     places = np.linspace(0.97, 0.03, len(ordered))
-    for place, (_, row) in zip(places, ordered.iterrows(), strict=True):
-        shade = color(row["model"])
+    for number, (place, (_, row)) in enumerate(zip(places, ordered.iterrows(), strict=True), 1):
         kind = next((kind for kind in MARKERS if kind in row["model"]), "dense")
+        look = {"marker": MARKERS[kind], "color": color(row["model"])}
         error = [[row["accuracy"] - row["accuracy_low"]], [row["accuracy_high"] - row["accuracy"]]]
-        ax.errorbar(row[x], row["accuracy"], yerr=error, fmt=MARKERS[kind], color=shade, alpha=0.85, elinewidth=0.7)
-        ax.annotate(
-            f"{label(row['model'])}, {row['accuracy']:.1%}",
-            (row[x], row["accuracy"]),
-            (1.04, place),
-            textcoords="axes fraction",
-            fontsize=9,
-            va="center",
-            color=shade,
-            arrowprops={"arrowstyle": "-", "color": shade, "alpha": 0.35, "linewidth": 0.8},
-        )
-    ax.set_xlim(0, 1.05 * table[x].max())
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.errorbar(row[x], row["accuracy"], yerr=error, alpha=0.85, elinewidth=0.7, **look)
+        ax.plot(1.05, place, transform=ax.transAxes, clip_on=False, **look)
+        text = f"{number:>2}  {label(row['model'])}, {row['accuracy']:.1%}"
+        ax.text(1.075, place, text, transform=ax.transAxes, fontsize=9, va="center", color=look["color"])
+    ax.set_xscale("log")
+    low, high = table[x].min() / 1.2, table[x].max() * 1.2
+    ax.set_xlim(low, high)
+    plain_numbers(ax.xaxis, (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7))
+    in_percent(ax.yaxis)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    number_marks(ax, ordered[[x, "accuracy"]].to_numpy())
     return figure
+
+
+def number_marks(ax, points: np.ndarray) -> None:
+    """Write 1, 2, ... beside the marks at ``points`` [n, 2], so that no two numbers hide each other."""
+    ax.autoscale_view()  # otherwise the limits are found when the figure is drawn
+    at = (ax.transData + ax.transAxes.inverted()).transform(points)
+    gap = 9 / (72 * ax.bbox.height / ax.figure.dpi)
+    by_x = np.argsort(at[:, 0], kind="stable")
+    # Marks that stand one above the other share a column of numbers.
+    columns = np.split(by_x, np.flatnonzero(np.diff(at[by_x, 0]) > 0.03) + 1)
+    for column in columns:
+        for i, height in zip(column, spread([float(at[i, 1]) for i in column], gap), strict=True):
+            shade = ax.containers[i].lines[0].get_color()
+            text = ax.text(at[i, 0] + 0.012, height, str(i + 1), transform=ax.transAxes, fontsize=8, color=shade)
+            text.set_verticalalignment("center")
 
 
 def step_sizes(table: pd.DataFrame, title: str) -> Figure:
@@ -341,8 +363,8 @@ def compare_and_visualize(comparison: pd.DataFrame) -> dict[str, Figure]:
     )
     figure, (left, right) = axes(2, width=10, height=1 + 0.3 * len(table), sharey=True)
     for ax, column, unit in ((left, "latency_ms", "ms a batch"), (right, "memory_megabytes", "MB, weights included")):
-        spread = [f"{column.removesuffix('_ms')}_{end}_ms" for end in ("low", "high")]
-        error = np.abs(table[spread].to_numpy().T - table[column].to_numpy()) if set(spread) <= set(table) else None
+        ends = [f"{column.removesuffix('_ms')}_{end}_ms" for end in ("low", "high")]
+        error = np.abs(table[ends].to_numpy().T - table[column].to_numpy()) if set(ends) <= set(table) else None
         ax.barh(table["model"].map(label), table[column], xerr=error, color=[color(name) for name in table["model"]])
         ax.bar_label(ax.containers[-1], fmt="%.1f", padding=3, fontsize=8)
         ax.set_xlabel(unit)
@@ -350,8 +372,10 @@ def compare_and_visualize(comparison: pd.DataFrame) -> dict[str, Figure]:
     left.set_title("Time of one iteration, with quartiles")
     right.set_title("Peak memory of one iteration")
     return {
-        "accuracy_size": tradeoff(table, "megabytes", "file size, MB", "Accuracy against size"),
-        "accuracy_latency": tradeoff(table, "latency_ms", "milliseconds a batch", "Accuracy against latency"),
+        "accuracy_size": tradeoff(table, "megabytes", "file size, MB (log scale)", "Accuracy against size"),
+        "accuracy_latency": tradeoff(
+            table, "latency_ms", "milliseconds a batch (log scale)", "Accuracy against latency"
+        ),
         "cost": figure,
     }
 
@@ -375,7 +399,7 @@ def overlap_over_seeds(table: pd.DataFrame) -> Figure:
     ax.set_xticks(range(len(names)), [label(name) for name in names])
     ax.set(xlim=(-0.6, len(names) - 0.4), ylabel="share dropped by the other seed too")
     ax.set_title("Do other seeds drop the same weights?")
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    in_percent(ax.yaxis)
     ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -397,7 +421,7 @@ def overlap_along_training(table: pd.DataFrame) -> Figure:
     ax.set_xticks(steps, [str(step) for step in steps])
     ax.set_xlim(-0.3, None)
     ax.minorticks_off()
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    in_percent(ax.yaxis)
     ax.set(xlabel="optimizer steps", ylabel="share that is flagged in the end too")
     ax.set_title("dashed: chance; dotted: chance, matrix by matrix")
     name_lines(ax)
@@ -437,7 +461,7 @@ def dropped_neurons(shares: pd.DataFrame) -> Figure:
         ax.set_title(label(name), color=color(name))
         ax.set(xlabel="neurons, sorted", ylabel="share of its weights dropped" if ax is row[0] else "")
         for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+            in_percent(axis)
     row[0].legend(fontsize="small")
     describe(figure, "How much of each neuron is dropped")
     return figure
@@ -491,7 +515,7 @@ def forgotten(table: pd.DataFrame) -> Figure:
         ax.set_axis_off()
     first = np.ravel(grid)[0]
     first.set_ylim(0, None)
-    first.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    in_percent(first.yaxis)
     figure.supylabel("share of right answers forgotten", fontsize="medium")
     if len(models) > 1:
         figure.legend(*first.get_legend_handles_labels(), fontsize="small", loc="outside right center")
@@ -535,7 +559,7 @@ def rivals(table: pd.DataFrame, title: str) -> Figure:
         ax.vlines(x, 100 * part["low"], 100 * part["high"], color=color(name), linewidth=2)
         ax.plot(x, 100 * part["difference"], marker="o", color=color(name), label=label(name), linewidth=1)
     ax.axhline(0, color=COLORS["merged"], linestyle="--")
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    in_percent(ax.xaxis)
     ax.set(xlabel="share of block weights removed", ylabel="points of accuracy, 95 % interval", title=title)
     name_lines(ax)
     return figure

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 from scipy.stats import loguniform
 from sklearn.metrics import log_loss
 from sklearn.model_selection import ParameterSampler
@@ -38,7 +38,7 @@ from nbhelpers.experiments import (
 from nbhelpers.grid import CLEAR_ERRORS, add_run, children_deaf_to_ctrl_c, keep_quiet, open_checked, workers
 from nbhelpers.models import create_model, source_fingerprint
 from nbhelpers.profiles import Profile
-from nbhelpers.style import axes, color, name_lines
+from nbhelpers.style import axes, color, in_percent, name_lines
 from nbhelpers.workspace import Run, WorkspaceError, open_run, root, write_text
 
 # What is drawn from; all else stays as the profile has it.
@@ -184,7 +184,7 @@ def labels_figure(table: pd.DataFrame) -> Figure:
     ax.set_xticks(sorted(set(table["labels"])))
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    in_percent(ax.yaxis)
     name_lines(ax)
     return figure
 

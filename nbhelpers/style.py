@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from nbhelpers.workspace import Run
 
@@ -128,6 +129,18 @@ def axes(columns: int = 1, rows: int = 1, width: float = 6.4, height: float = 3.
     """A figure and its axes as an array [columns], or [rows, columns]."""
     figure, grid = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
     return figure, grid[0] if rows == 1 else grid
+
+
+def in_percent(axis) -> None:
+    """Label the ticks of an axis, whose values are shares, in percent: as exactly as they are."""
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g}%"))
+
+
+def plain_numbers(axis, steps: tuple = (1, 2, 5)) -> None:
+    """Ticks of a log axis at these multiples of the powers of ten, written as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def note(ax, x: float, value: float, text: str, ha: str = "left") -> None:

@@ -266,8 +266,10 @@ def test_tradeoff_has_a_point_and_a_name_a_model_the_best_on_top():
     figure = drawn(plots.tradeoff(table, "latency_ms", "ms", "title"))
     (ax,) = figure.axes
     best_first = table.iloc[::-1]
-    names = [text.get_text() for text in ax.texts]
-    assert all(name.startswith(plots.label(model)) for name, model in zip(names, best_first["model"], strict=True))
+    shown, count = [text.get_text() for text in ax.texts], len(table)
+    for number, (name, model) in enumerate(zip(shown[:count], best_first["model"], strict=True), 1):
+        assert name.strip().startswith(f"{number}  {plots.label(model)}, ")
+    assert sorted(shown[count:], key=int) == [str(number + 1) for number in range(count)]
     points = [container.lines[0].get_xydata()[0].tolist() for container in ax.containers]
     assert points == best_first[["latency_ms", "accuracy"]].to_numpy().tolist()
 

@@ -49,14 +49,24 @@ def test_the_picture_has_every_model_at_every_cost_it_knows():
         assert all(mark["top"] < 0 < mark["bottom"] for mark in marks)
         ((y, text),) = part["lines"]
         assert text == "TF-IDF" and frame.top < y < marks[0]["y"]
-        (right, last) = part["axes"][0]["ticks"][-1]
-        assert last == "4" and right == marks[1]["x"]["speed"], "a mark stands at its tick"
+        ticks = {text: place for place, text in part["axes"][0]["ticks"]}
+        assert list(ticks) == ["1", "2", "5"]
+        assert [ticks["1"], ticks["2"]] == [marks[0]["x"]["speed"], marks[2]["x"]["speed"]], "a mark stands at its tick"
+        steps = np.diff([marks[i]["x"]["speed"] for i in (0, 2, 1)])
+        assert abs(steps[0] - steps[1]) < 0.11, "a log scale: twice as fast is always as far, within rounding to 0.1"
+
+
+def test_a_narrow_range_of_costs_has_ticks_as_well():
+    drawn = picture.draw(table(speedup=[1.0, 1.1, 1.05]), {})
+    assert len(drawn["frames"][0]["axes"][0]["ticks"]) >= 2
 
 
 def test_a_table_without_costs_has_no_picture_and_one_with_gaps_is_refused():
     assert picture.draw(table().drop(columns=["speedup", "file_bytes"]), {}) is None
     with pytest.raises(ValueError, match="missing or infinite"):
         picture.draw(table(speedup=[1.0, np.nan, 2.0]), {})
+    with pytest.raises(ValueError, match="above zero"):
+        picture.draw(table(speedup=[1.0, 0.0, 2.0]), {})
 
 
 def test_a_mark_looks_as_in_the_figures():
