@@ -176,7 +176,8 @@ def find(run: Run) -> dict:
     leaders: at each sparsity the score that was best on validation, and its difference to the second; merge: the merge
     against the best single criterion; comparator: the best comparator against the best criterion or merge; recovery:
     accuracy on validation before and after; control: the dense model with and without the extra steps; kept: the best
-    criterion against the control; compressed: the smallest model that validation accepted against the dense one.
+    criterion against the control; further: the same at each higher sparsity, with the score that leads there;
+    compressed: the smallest model that validation accepted against the dense one.
     """
     curves, main = run.load_table("curves"), run.profile.main_sparsity
     mean = curves[curves["split"] == "validation"].groupby(["stage", "sparsity", "criterion"])["accuracy"].mean()
@@ -200,7 +201,13 @@ def find(run: Run) -> dict:
         "kept": difference(names[best, main], "fine_tuned_extra"),
         "compressed": paired_difference(*(answers_right(run, name, "test") for name in (small, "fine_tuned"))),
     }
-    for family in (leaders, list(tests.values())):
+    further = [
+        {"sparsity": row["sparsity"], "best": row["best"]}
+        | difference(names[row["best"], row["sparsity"]], "fine_tuned_extra")
+        for row in leaders
+        if row["sparsity"] > main
+    ]
+    for family in (leaders, [*tests.values(), *further]):
         for row, adjusted in zip(family, holm([row["p_value"] for row in family]), strict=True):
             row["p_adjusted"] = adjusted
     rows = run.load_table("comparison").set_index("model")
@@ -216,6 +223,7 @@ def find(run: Run) -> dict:
         "comparator_name": comparator,
         "leaders": leaders,
         **tests,
+        "further": further,
         "recovery": {"before": mean["pruned", main, best], "after": mean["recovered", main, best]},
         "dense": over_seeds(right_over_seeds(run, "fine_tuned", "test")),
     }
@@ -224,7 +232,7 @@ def find(run: Run) -> dict:
 def points(found: dict) -> str:
     """A paired difference in words: ``"+0.4 points (-0.5 to +1.3, p = 0.4)"``, p adjusted for the number of tests."""
     p = "p < 0.001" if found["p_adjusted"] < 0.001 else f"p = {found['p_adjusted']:.2g}"
-    return f"{100 * found['difference']:+.1f} points ({100 * found['low']:+.1f} to {100 * found['high']:+.1f}, {p})"
+    return f"{100 * found['difference']:+z.1f} points ({100 * found['low']:+z.1f} to {100 * found['high']:+z.1f}, {p})"
 
 
 def verdict(found: dict) -> str:
@@ -247,6 +255,10 @@ def finding_text(found: dict) -> str:
         f"{row['second'].replace('_', ' ')})"
         for row in found["leaders"]
     )
+    further = "".join(
+        f"; {row['sparsity']:.0%} ({row['best'].replace('_', ' ')}) {points(row)}: {verdict(row)}"
+        for row in found["further"]
+    )
     return "\n".join(
         [
             "Everything was chosen on validation reviews; every difference below is taken on the same "
@@ -262,7 +274,7 @@ def finding_text(found: dict) -> str:
             f"right after pruning, {recovery['after']:.1%} after recovery.",
             f"- **What the dense control says.** The same extra steps change the dense model ({dense:.1%}) by "
             f"{points(found['control'])}. Against that control, removing {share} of the block weights is worth "
-            f"{points(found['kept'])}: {verdict(found['kept'])}.",
+            f"{points(found['kept'])}: {verdict(found['kept'])}{further}.",
             f"- **Everything at once.** {layers}, {small['encoder_sparsity']:.0%} of the block weights removed, a "
             f"low-rank embedding, int8: {small['speedup']:.1f} times as fast as the fine-tuned model, its file "
             f"{small['times_smaller']:.0f} times smaller ({small['file_bytes'] / 1e6:.2f} MB), at {points(small)} to "

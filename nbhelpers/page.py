@@ -21,7 +21,7 @@ from matplotlib.font_manager import FontProperties
 from nbconvert import HTMLExporter
 
 from nbhelpers.profiles import ProfileError, get_profile
-from nbhelpers.report import LEGEND, comparison_cells, finding, headline, write_index
+from nbhelpers.report import LEGEND, comparison_cells, finding, headline, reference, seeds_of, write_index
 from nbhelpers.report import chapter as chapter
 from nbhelpers.stages import STAGES, in_order
 from nbhelpers.workspace import Run, WorkspaceError, open_run, write_text
@@ -89,8 +89,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def made_with(run: Run, results: dict) -> str:
-    seeds = f"seeds {run.seed} to {run.seed + run.profile.seeds - 1}" if run.profile.seeds > 1 else f"seed {run.seed}"
-    made = f"profile `{run.profile.name}`, {seeds}, {results['run']['versions']['device']}"
+    made = f"profile `{run.profile.name}`, {seeds_of(run)}, {results['run']['versions']['device']}"
     if "effort" not in results:
         return made
     minutes, cores = results["effort"]["process_minutes"], results["effort"]["cores"]
@@ -141,7 +140,7 @@ def default_run(leader: Run) -> list[str]:
 
 def leading_profile() -> str:
     """The profile that the README leads with: thorough where its report has a finding, and otherwise quick."""
-    return "thorough" if finding(open_run(get_profile("thorough")).results()) else "quick"
+    return "thorough" if reference() else "quick"
 
 
 def benchmark_table(name: str) -> pd.DataFrame:

@@ -13,8 +13,9 @@ import jinja2
 import mistune
 import pandas as pd
 
+from nbhelpers.profiles import get_profile
 from nbhelpers.stages import STAGES, Stage, in_order, promised_files
-from nbhelpers.workspace import Run, write_text
+from nbhelpers.workspace import Run, open_run, write_text
 
 TITLE = "What can a language model live without?"
 LEGEND = (
@@ -48,6 +49,11 @@ def p_value(value: float) -> str:
 def p_equals(value: float) -> str:
     text = p_value(value)
     return f"p {text}" if text.startswith("<") else f"p = {text}"
+
+
+def seeds_of(run: Run) -> str:
+    last = run.seed + run.profile.seeds - 1
+    return f"seeds {run.seed} to {last}" if last > run.seed else f"seed {run.seed}"
 
 
 # A column of the comparison: heading, what it needs, and how a row's cell reads.
@@ -89,10 +95,10 @@ def has_comparison(run: Run) -> bool:
 def against_counting(found: dict) -> str:
     """How the fine-tuned model stands to TF-IDF, which it has to say also where it does not beat it."""
     gap, over = found["against_tfidf"], found["tfidf"]["seeds"]
-    span = f"{100 * gap['low']:+.1f} to {100 * gap['high']:+.1f}, {p_equals(gap['p_value'])}"
+    span = f"{100 * gap['low']:+z.1f} to {100 * gap['high']:+z.1f}, {p_equals(gap['p_value'])}"
     return (
         f"TF-IDF with logistic regression, trained on the same reviews, gets {percent(found['tfidf']['accuracy'])}; "
-        f"against it the fine-tuned model is at {100 * gap['difference']:+.1f} points ({span}"
+        f"against it the fine-tuned model is at {100 * gap['difference']:+z.1f} points ({span}"
         f"{f'; over {over} seeds' if over > 1 else ''})."
     )
 
@@ -125,6 +131,11 @@ def finding(results: dict) -> str:
     return finding_text(results["finding"])
 
 
+def reference() -> str:
+    """The finding of profile thorough in Markdown, where its report is at hand; else empty."""
+    return finding(open_run(get_profile("thorough")).results())
+
+
 # --- the comparison on the page ---
 
 
@@ -136,7 +147,7 @@ def gains(model: dict, dense: dict) -> list[str]:
     if model is dense:
         said.append("the model that the others are measured against")
     else:
-        points = f"{100 * (model['accuracy'] - dense['accuracy']):+.1f}"
+        points = f"{100 * (model['accuracy'] - dense['accuracy']):+z.1f}"
         said.append(f"{model['speedup']:.2f} times the speed")
         p = p_equals(model["p_value"]).replace(" ", "\N{NO-BREAK SPACE}")
         said.append(f"{points} points to the dense model, {p}")
@@ -308,7 +319,7 @@ def write_index(run: Run, stages: dict[str, Stage] | None = None) -> Path:
     text = template().render(
         title=TITLE,
         profile=run.profile.name,
-        seed=run.seed,
+        seeds=seeds_of(run),
         css=css,
         script=script,
         allowed={"style": allowed(css), "script": allowed(script)},

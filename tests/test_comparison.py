@@ -168,15 +168,20 @@ def test_what_was_unlearned_has_a_row_a_model_domain_and_seed(study):
 TESTS = ("merge", "comparator", "control", "kept", "compressed")
 
 
-def test_the_finding_is_chosen_on_validation_and_measured_on_the_test_reviews(study, monkeypatch):
+@pytest.fixture
+def answers(study, monkeypatch):
+    """Right answers on the test reviews: models this small answer all alike; these differ, some beyond chance."""
+    rng, answers = np.random.default_rng(0), {}
+    for i, name in enumerate([*LINES, *comparison.recovered_names(study.run).values()]):
+        answers[name] = rng.random((2, 300)) < 0.7 + 0.015 * i
+    monkeypatch.setattr(comparison, "right_over_seeds", lambda run, name, split: {"test": answers}[split][name])
+    return answers
+
+
+def test_the_finding_is_chosen_on_validation_and_measured_on_the_test_reviews(study, answers, monkeypatch):
     # Not the best single criterion, so that the two are told apart.
     run, best, comparator = study.run, "merged", pruning.best_comparator(study.run)
     monkeypatch.setattr(comparison, "best_criterion", lambda run: best)
-    # Models this small answer all alike; these differ, some of them beyond chance.
-    rng, answers = np.random.default_rng(0), {}
-    for i, name in enumerate([*LINES, *comparison.recovered_names(run).values()]):
-        answers[name] = rng.random((2, 300)) < 0.7 + 0.015 * i
-    monkeypatch.setattr(comparison, "right_over_seeds", lambda run, name, split: {"test": answers}[split][name])
     found = comparison.find(run)
 
     def share(criterion, percent):
@@ -216,6 +221,18 @@ def test_the_finding_is_chosen_on_validation_and_measured_on_the_test_reviews(st
     assert found["dense"]["accuracy"] == pytest.approx(answers["fine_tuned"].mean())
 
 
+def test_the_finding_sets_every_higher_sparsity_against_the_control(study, answers, monkeypatch):
+    monkeypatch.setattr(comparison, "answers_right", lambda run, name, split: answers["fine_tuned"][0])
+    run = dataclasses.replace(study.run, profile=dataclasses.replace(study.run.profile, main_sparsity=0.5))
+    found = comparison.find(run)
+    (row,), leader = found["further"], found["leaders"][-1]
+    assert (row["sparsity"], row["best"]) == (0.9, leader["best"])
+    pruned, control = answers[f"recovered_{row['best']}_90"], answers["fine_tuned_extra"]
+    assert row["difference"] == pytest.approx(pruned.mean() - control.mean())
+    family = [*(found[test] for test in TESTS), row]
+    assert [one["p_adjusted"] for one in family] == holm([one["p_value"] for one in family])
+
+
 def test_answers_on_the_test_reviews_choose_nothing(study, monkeypatch):
     logits = experiments.split_logits
 
@@ -247,7 +264,7 @@ def test_rows_of_the_test_reviews_in_the_curves_choose_nothing(study):
 
 
 def numbers(row: dict) -> str:
-    return f"{100 * row['difference']:+.1f} points ({100 * row['low']:+.1f} to {100 * row['high']:+.1f}, p"
+    return f"{100 * row['difference']:+z.1f} points ({100 * row['low']:+z.1f} to {100 * row['high']:+z.1f}, p"
 
 
 def test_the_text_of_the_finding_says_its_numbers(study):
@@ -304,6 +321,7 @@ def test_a_finding_in_words_worked_out_by_hand():
         "comparator": difference(-1.0, 0.2),
         "control": difference(0.3, 0.6),
         "kept": difference(-3.0, 1e-5),
+        "further": [{"sparsity": 0.95, "best": "movement_first_order", **difference(-0.04, 0.7)}],
         "compressed": difference(-0.6, 0.3)
         | {"layers": 1, "encoder_sparsity": 0.912, "speedup": 11.96, "times_smaller": 25.3, "file_bytes": 546_000},
         "recovery": {"before": 0.612, "after": 0.843},
@@ -321,6 +339,7 @@ def test_a_finding_in_words_worked_out_by_hand():
         "change the dense model (88.0%) by +0.3 points (-0.7 to +1.3, p = 0.6).",
         "1 layer left, 91% of the block weights removed, a low-rank embedding, int8: 12.0 times as fast as the",
         "25 times smaller (0.55 MB), at -0.6 points (-1.6 to +0.4, p = 0.3) to it, first seed: not distinguishable",
-        "removing 90% of the block weights is worth -3.0 points (-4.0 to -2.0, p < 0.001): worse beyond chance.",
+        "removing 90% of the block weights is worth -3.0 points (-4.0 to -2.0, p < 0.001): worse beyond chance; "
+        "95% (movement first order) +0.0 points (-1.0 to +1.0, p = 0.7): not distinguishable from none.",
     ):
         assert words in text

@@ -523,6 +523,7 @@ FINDING = {
     "comparator_name": "movement_first_order",
     "leaders": [{"sparsity": 0.9, "best": "merged", "second": "<wanda>", "accuracy": 0.9} | GAP],
     **dict.fromkeys(("merge", "comparator", "control", "kept"), GAP),
+    "further": [{"sparsity": 0.95, "best": "<taylor>"} | GAP],
     "compressed": GAP
     | {"layers": 1, "encoder_sparsity": 0.9, "speedup": 12.0, "times_smaller": 25.0, "file_bytes": 5.5e5},
     "recovery": {"before": 0.7, "after": 0.8},
