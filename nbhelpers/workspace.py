@@ -68,8 +68,19 @@ def versions() -> dict[str, str]:
     """The library versions and the device that stand beside every metric."""
     names = ("torch", "transformers", "datasets", "accelerate", "numpy")
     found = {name: importlib.import_module(name).__version__ for name in names}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{processor()} with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     return {"python": platform.python_version(), **found, "device": device}
+
+
+def processor() -> str:
+    """The processor's name as its maker gives it, or else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux, where ``platform`` knows no name
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return name[1].strip() if name else platform.processor() or platform.machine()
 
 
 def revision() -> str:

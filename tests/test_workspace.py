@@ -3,6 +3,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,7 @@ def test_metrics_add_up_and_stand_beside_versions_and_seed(run):
     assert results["fine_tuning"] == {"accuracy": 0.5, "reviews": 7, "f1": 0.25}
     assert results["run"]["seed"] == 3
     assert results["run"]["versions"]["torch"] == torch.__version__
+    assert re.fullmatch(r"\S.* with \S.*, \d+ threads|.*NVIDIA.*", results["run"]["versions"]["device"])
     assert results == run.results()
 
 
