@@ -272,9 +272,9 @@ PROFILES = {
         train_size=1500,
         validation_size=400,
         max_tokens=256,
-        recovery_steps=30,
+        recovery_steps=20,
         recovery_learning_rates=(3e-4, 1e-3),
-        scan_steps=20,
+        scan_steps=15,
     ),
     # Sized in tokens for an evening on two cores: three seeds and all labelled reviews come before many recovery steps
     # and before students of every seed.
