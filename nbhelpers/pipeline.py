@@ -28,9 +28,9 @@ from nbhelpers.workspace import Run, WorkspaceError, cores, open_run, write_text
 PARAMETERS = ("profile", "seed", "overrides")
 
 # TFLOP of a whole run of a profile as defined, and the minutes that do not depend on how fast products are.
-# thorough: about 500 for fine-tuning three seeds (37M tokens), 700 for 150 recoveries (56M), 500 for their answers on
-# validation and test (150M tokens, forward only), 100 for students; 8 MFLOP a token forward and backward.
-WORK = {"smoke": (0.0, 1.5), "quick": (115.0, 1.5), "thorough": (1_800.0, 15.0), "gpt2": (60_000.0, 20.0)}
+# What a machine of so many GFLOP/s took, turned into products: training a model this small is not all products, so it
+# is more than the model's own FLOPs. thorough: with --jobs 2. gpt2: from its FLOPs, not run.
+WORK = {"smoke": (0.0, 1.5), "quick": (170.0, 2.0), "thorough": (5_600.0, 30.0), "gpt2": (60_000.0, 20.0)}
 
 
 class PipelineError(Exception):
