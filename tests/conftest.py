@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,10 @@ PROJECT = Path(__file__).parent.parent
 
 # One: beside other work on the machine, a second thread mostly waits for the first and spins.
 torch.set_num_threads(1)
+
+# What a shell starts in the background is deaf to Ctrl-C, and so would be all that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
