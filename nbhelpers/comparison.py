@@ -43,6 +43,7 @@ from nbhelpers.pruning import (
     scores_of,
     structured_sparsities,
 )
+from nbhelpers.report import in_points
 from nbhelpers.sparse import count_actual_params
 from nbhelpers.workspace import Run
 
@@ -232,7 +233,7 @@ def find(run: Run) -> dict:
 def points(found: dict) -> str:
     """A paired difference in words: ``"+0.4 points (-0.5 to +1.3, p = 0.4)"``, p adjusted for the number of tests."""
     p = "p < 0.001" if found["p_adjusted"] < 0.001 else f"p = {found['p_adjusted']:.2g}"
-    return f"{100 * found['difference']:+z.1f} points ({100 * found['low']:+z.1f} to {100 * found['high']:+z.1f}, {p})"
+    return in_points(found, p)
 
 
 def verdict(found: dict) -> str:

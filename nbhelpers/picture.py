@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from nbhelpers import plots
 
@@ -94,9 +94,8 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 def log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times the powers of ten from ``low`` to ``high``; where that is hardly any, round numbers."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    values = [float(f"{step}e{power}") for power in powers for step in (1, 2, 5)]
-    within = [value for value in values if low <= value <= high]
+    values = LogLocator(subs=(1, 2, 5), numticks=10).tick_values(low, high)
+    within = [float(value) for value in values if low <= value <= high]
     return within if len(within) > 2 else ticks(low, high, 4)
 
 

@@ -334,9 +334,8 @@ def number_marks(ax, points: np.ndarray) -> None:
     columns = np.split(by_x, np.flatnonzero(np.diff(at[by_x, 0]) > 0.03) + 1)
     for column in columns:
         for i, height in zip(column, spread([float(at[i, 1]) for i in column], gap), strict=True):
-            shade = ax.containers[i].lines[0].get_color()
-            text = ax.text(at[i, 0] + 0.012, height, str(i + 1), transform=ax.transAxes, fontsize=8, color=shade)
-            text.set_verticalalignment("center")
+            look = {"fontsize": 8, "va": "center", "color": ax.containers[i].lines[0].get_color()}
+            ax.text(at[i, 0] + 0.012, height, str(i + 1), transform=ax.transAxes, **look)
 
 
 def step_sizes(table: pd.DataFrame, title: str) -> Figure:

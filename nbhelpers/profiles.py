@@ -276,7 +276,7 @@ PROFILES = {
         recovery_learning_rates=(3e-4, 1e-3),
         scan_steps=15,
     ),
-    # Sized in tokens for an evening on two cores: three seeds and all labelled reviews come before many recovery steps
+    # Sized in tokens for a night on two cores: three seeds and all labelled reviews come before many recovery steps
     # and before students of every seed.
     "thorough": Profile(
         name="thorough",

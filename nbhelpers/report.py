@@ -51,6 +51,12 @@ def p_equals(value: float) -> str:
     return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
+def in_points(found: dict, more: str) -> str:
+    """A difference of accuracies in points, with its interval and what else stands in the brackets."""
+    gap, low, high = (f"{100 * found[key]:+z.1f}" for key in ("difference", "low", "high"))
+    return f"{gap} points ({low} to {high}, {more})"
+
+
 def seeds_of(run: Run) -> str:
     last = run.seed + run.profile.seeds - 1
     return f"seeds {run.seed} to {last}" if last > run.seed else f"seed {run.seed}"
@@ -95,11 +101,10 @@ def has_comparison(run: Run) -> bool:
 def against_counting(found: dict) -> str:
     """How the fine-tuned model stands to TF-IDF, which it has to say also where it does not beat it."""
     gap, over = found["against_tfidf"], found["tfidf"]["seeds"]
-    span = f"{100 * gap['low']:+z.1f} to {100 * gap['high']:+z.1f}, {p_equals(gap['p_value'])}"
+    more = p_equals(gap["p_value"]) + (f"; over {over} seeds" if over > 1 else "")
     return (
         f"TF-IDF with logistic regression, trained on the same reviews, gets {percent(found['tfidf']['accuracy'])}; "
-        f"against it the fine-tuned model is at {100 * gap['difference']:+z.1f} points ({span}"
-        f"{f'; over {over} seeds' if over > 1 else ''})."
+        f"against it the fine-tuned model is at {in_points(gap, more)}."
     )
 
 

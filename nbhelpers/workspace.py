@@ -75,6 +75,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "device": device}
 
 
+@functools.cache
 def processor() -> str:
     """The processor's name as its maker gives it, or else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")  # on Linux, where ``platform`` knows no name
