@@ -50,11 +50,11 @@ from nbhelpers.workspace import versions
 
 LAYERS = {  # in, out: the four matrices of a block
     "gpt2": ((768, 2304), (768, 768), (768, 3072), (3072, 768)),
-    "mini": ((192, 576), (192, 192), (192, 768), (768, 192)),
+    "mini": ((256, 768), (256, 256), (256, 1024), (1024, 256)),
 }
 MODELS = {
     "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
-    "mini": {"n_layer": 4, "n_embd": 192, "n_head": 3, "vocab_size": 8192, "n_positions": 512},
+    "mini": {"n_layer": 6, "n_embd": 256, "n_head": 4, "vocab_size": 8192, "n_positions": 512},
 }
 ENGINES = ("dense", "numba", "torch_csr", "scipy")
 SPARSITIES = (0.5, 0.6, 0.8, 0.9, 0.95)

@@ -175,15 +175,15 @@ def find(run: Run) -> dict:
     """What the study found: everything chosen on validation, every difference taken on the test reviews.
 
     leaders: at each sparsity the score that was best on validation, and its difference to the second; merge: the merge
-    against the best single criterion; comparator: the best comparator against the best criterion or merge; recovery:
-    accuracy on validation before and after; control: the dense model with and without the extra steps; kept: the best
-    criterion against the control; further: the same at each higher sparsity, with the score that leads there;
-    compressed: the smallest model that validation accepted against the dense one.
+    against the best single criterion; comparator: the best comparator against the best of the three and their merge
+    (own); recovery: of the best of all (best), accuracy on validation before and after; control: the dense model with
+    and without the extra steps; kept: the best against the control; further: the same at each higher sparsity, with
+    the score that leads there; compressed: the smallest model that validation accepted against the dense one.
     """
     curves, main = run.load_table("curves"), run.profile.main_sparsity
     mean = curves[curves["split"] == "validation"].groupby(["stage", "sparsity", "criterion"])["accuracy"].mean()
     best, comparator = best_criterion(run), best_comparator(run)
-    single = mean["recovered", main][list(criteria.CRITERIA)].idxmax()
+    single, own = (mean["recovered", main][list(names)].idxmax() for names in (criteria.CRITERIA, MAIN))
     names, small = recovered_names(run), best_compressed(run)
 
     def difference(a: str, b: str) -> dict:
@@ -197,7 +197,7 @@ def find(run: Run) -> dict:
         leaders.append(row | over_seeds(right_over_seeds(run, first, "test")))
     tests = {
         "merge": difference(names["merged", main], names[single, main]),
-        "comparator": difference(names[comparator, main], names[best, main]),
+        "comparator": difference(names[comparator, main], names[own, main]),
         "control": difference("fine_tuned_extra", "fine_tuned"),
         "kept": difference(names[best, main], "fine_tuned_extra"),
         "compressed": paired_difference(*(answers_right(run, name, "test") for name in (small, "fine_tuned"))),
@@ -220,6 +220,7 @@ def find(run: Run) -> dict:
         "test_reviews": len(dataset(run, "test")),
         "sparsity": main,
         "best": best,
+        "own": own,
         "single": single,
         "comparator_name": comparator,
         "leaders": leaders,
@@ -248,7 +249,8 @@ def finding_text(found: dict) -> str:
     share, recovery, dense = f"{found['sparsity']:.0%}", found["recovery"], found["dense"]["accuracy"]
     small = found["compressed"]
     layers = "1 layer left" if small["layers"] == 1 else f"{small['layers']} layers left"
-    best, single, comparator = (found[key].replace("_", " ") for key in ("best", "single", "comparator_name"))
+    names = ("best", "own", "single", "comparator_name")
+    best, own, single, comparator = (found[key].replace("_", " ") for key in names)
     seeds = f"{found['seeds']} seeds" if found["seeds"] > 1 else "one seed"
     leads = [row for row in found["leaders"] if row["p_adjusted"] < 0.05]
     leaders = ", ".join(
@@ -270,7 +272,7 @@ def finding_text(found: dict) -> str:
             f"- **Do the three criteria together beat the best of them?** At {share}, the merge against {single}: "
             f"{points(found['merge'])}: {verdict(found['merge'])}.",
             f"- **And what the literature offers?** {comparator.capitalize()}, its best score right after pruning, "
-            f"against {best}: {points(found['comparator'])}: {verdict(found['comparator'])}.",
+            f"against {own}: {points(found['comparator'])}: {verdict(found['comparator'])}.",
             f"- **What recovery is worth.** {best.capitalize()} at {share} (validation): {recovery['before']:.1%} "
             f"right after pruning, {recovery['after']:.1%} after recovery.",
             f"- **What the dense control says.** The same extra steps change the dense model ({dense:.1%}) by "

@@ -13,9 +13,9 @@ from nbhelpers.progress import track
 RESAMPLES = 2000
 
 
-def evaluate_accuracy(model: nn.Module, data: IMDbDataset, batch_size: int = 32) -> float:
-    """Share of reviews whose label the model gets right."""
-    return float(accuracy_score(data.labels, predict_logits(model, data.input_ids, batch_size).argmax(-1)))
+def evaluate_accuracy(model: nn.Module, data: IMDbDataset, batch_size: int = 32, precision: str = "no") -> float:
+    """Share of reviews whose label the model gets right; batch_size, precision: see ``predict_logits``."""
+    return float(accuracy_score(data.labels, predict_logits(model, data.input_ids, batch_size, precision).argmax(-1)))
 
 
 def wilson_interval(correct: np.ndarray) -> tuple[float, float]:

@@ -341,8 +341,8 @@ def save_dense(model: PreTrainedModel, folder: Path) -> None:
 
 
 @torch.inference_mode()
-def predict_logits(model: nn.Module, rows: list[list[int]], batch_size: int = 32) -> np.ndarray:
-    """Logits [n, classes] of token id lists, float32, in the order given.
+def predict_logits(model: nn.Module, rows: list[list[int]], batch_size: int = 32, precision: str = "no") -> np.ndarray:
+    """Logits [n, classes] of token id lists, float32, in the order given; computed in "bf16", or in float32 ("no").
 
     Computed from short to long, so that hardly any padding is; no mask is passed, since padding stands on the right
     and attention looks to the left. Of several processes each computes its share of the batches, and all get all.
@@ -352,8 +352,9 @@ def predict_logits(model: nn.Module, rows: list[list[int]], batch_size: int = 32
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     model.eval()
     logits = torch.zeros(len(rows), model.config.num_labels)
+    low = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     # Counted in tokens: the reviews come from short to long.
-    with progress(sum(map(len, rows)), "judging reviews") as bar:
+    with low, progress(sum(map(len, rows)), "judging reviews") as bar:
         for number, (indices, ids) in enumerate(evaluation_batches(rows, batch_size, model.config.pad_token_id)):
             if number % processes.count() == processes.index():
                 logits[indices] = model(input_ids=ids.to(device)).logits.float().cpu()

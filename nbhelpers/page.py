@@ -21,7 +21,7 @@ from matplotlib.font_manager import FontProperties
 from nbconvert import HTMLExporter
 
 from nbhelpers.profiles import ProfileError, get_profile
-from nbhelpers.report import LEGEND, comparison_cells, finding, headline, reference, seeds_of, write_index
+from nbhelpers.report import LEGEND, comparison_cells, finding, headline, millions, reference, seeds_of, write_index
 from nbhelpers.report import chapter as chapter
 from nbhelpers.stages import STAGES, in_order
 from nbhelpers.workspace import Run, WorkspaceError, open_run, write_text
@@ -89,7 +89,9 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def made_with(run: Run, results: dict) -> str:
-    made = f"profile `{run.profile.name}`, {seeds_of(run)}, {results['run']['versions']['device']}"
+    parameters = results["fine_tuning"]["total_parameters"]
+    made = f"profile `{run.profile.name}`, {seeds_of(run)}, a model of {millions(parameters)}M parameters"
+    made += f", {results['run']['versions']['device']}"
     if "effort" not in results:
         return made
     minutes, cores = results["effort"]["process_minutes"], results["effort"]["cores"]

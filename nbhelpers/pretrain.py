@@ -2,10 +2,11 @@
 
 One command re-creates the checkpoint, on a CPU or a GPU; started again, it goes on from its last checkpoint:
 
-    python -m nbhelpers.pretrain --texts unsupervised.parquet --work .artifacts/pretrain --tokens 50e6
+    python -m nbhelpers.pretrain --texts unsupervised.parquet --work .artifacts/pretrain
 
-On a CPU, two processes of one thread each do more than one process of two threads (1.4 times as many tokens a second
-on two cores), because a model this small leaves threads waiting for each other. The processes share every batch:
+Its defaults are the recipe of what ships: minutes on a GPU, a night on two cores. On a CPU, two processes of one
+thread each do more than one process of two threads (1.4 times as many tokens a second on two cores), because a model
+this small leaves threads waiting for each other. The processes share every batch:
 
     ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 2 -m nbhelpers.pretrain --texts unsupervised.parquet
 
@@ -18,6 +19,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -32,11 +34,13 @@ from nbhelpers.checkpoints import load_optimizer_tensors, optimizer_tensors
 from nbhelpers.data import clean_text, read_movie_reviews
 from nbhelpers.forgetting import bits_per_byte, encode
 from nbhelpers.training import mixed_precision
-from nbhelpers.workspace import replace_folder
+from nbhelpers.workspace import processor, replace_folder
 
 CONTEXT = 512
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>"]
 HELD_OUT = 200  # labelled reviews, evenly spaced, on which bits per byte are reported
+LOOK_EVERY = 20  # steps between two looks at whether the loss is finite
 DECAY = 0.2  # share of the tokens over which the learning rate falls to zero
 
 
@@ -44,25 +48,27 @@ class FusedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of a linear layer's logits, computed a chunk of tokens at a time.
 
     hidden [n, d], weight [V, d], targets [n]. The [n, V] logits never exist at once: both gradients are computed in
-    the forward pass while a chunk's logits are in the cache. On a CPU this nearly doubles training speed.
+    the forward pass while a chunk's logits are at hand, in a CPU's cache (this nearly doubles its training speed) or
+    in few large products on a GPU.
     """
 
-    CHUNK = 256
+    CHUNK = MappingProxyType({"cpu": 256, "cuda": 16384})  # tokens
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
         low = weight.to(hidden.dtype)
         loss = torch.zeros((), device=hidden.device)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for i in range(0, len(targets), FusedCrossEntropy.CHUNK):
-            h, t = hidden[i : i + FusedCrossEntropy.CHUNK], targets[i : i + FusedCrossEntropy.CHUNK]
+        chunk = FusedCrossEntropy.CHUNK[hidden.device.type]
+        for i in range(0, len(targets), chunk):
+            h, t = hidden[i : i + chunk], targets[i : i + chunk]
             logits = (h @ low.T).float()
             logsumexp = logits.logsumexp(-1, keepdim=True)
             loss += (logsumexp - logits.gather(1, t[:, None])).sum()
             slope = logits.sub_(logsumexp).exp_()
             slope[torch.arange(len(t), device=t.device), t] -= 1
             slope = slope.to(hidden.dtype)
-            grad_hidden[i : i + FusedCrossEntropy.CHUNK] = slope @ low
+            grad_hidden[i : i + chunk] = slope @ low
             grad_weight += slope.T @ h
         ctx.save_for_backward(grad_hidden / len(targets), grad_weight / len(targets))
         return loss / len(targets)
@@ -73,9 +79,10 @@ class FusedCrossEntropy(torch.autograd.Function):
         return grad_hidden * upstream.to(grad_hidden.dtype), grad_weight * upstream, None
 
 
-def language_model_loss(model, ids: torch.Tensor, low_precision: torch.dtype) -> torch.Tensor:
-    """Mean next-token cross-entropy in nats of windows ids [batch, length]."""
-    hidden = model.transformer(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1).to(low_precision)
+def language_model_loss(model, ids: torch.Tensor, low_precision: torch.dtype, transformer=None) -> torch.Tensor:
+    """Mean next-token cross-entropy in nats of windows ids [batch, length]; transformer: the model's, compiled."""
+    transformer = model.transformer if transformer is None else transformer
+    hidden = transformer(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1).to(low_precision)
     with torch.autocast(ids.device.type, enabled=False):
         return FusedCrossEntropy.apply(hidden, model.lm_head.weight, ids[:, 1:].flatten())
 
@@ -138,7 +145,7 @@ def average_gradients(model, accelerator: Accelerator) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def learning_rate_factor(progress: float, warmup: float = 0.01) -> float:
+def learning_rate_factor(progress: float, warmup: float) -> float:
     """Warm-up, plateau, linear decay; progress in [0, 1]."""
     return min(1.0, progress / warmup + 1e-3, (1 - progress) / DECAY)
 
@@ -209,6 +216,8 @@ def pretrain(args) -> None:
     )
 
     held_out = held_out_texts()
+    # Many small operations in a few kernels: on a GPU that pays within a minute.
+    transformer = torch.compile(model.transformer) if accelerator.device.type == "cuda" else model.transformer
     started, started_at, saved, reported = time.time(), tokens, time.time(), time.time()
     per_epoch = total // CONTEXT // args.batch * args.batch
     epoch, data = -1, None
@@ -221,15 +230,17 @@ def pretrain(args) -> None:
         rows = data[position % per_epoch : position % per_epoch + args.batch][accelerator.process_index :: processes]
         ids = torch.as_tensor(rows, dtype=torch.long, device=accelerator.device)
         with accelerator.autocast():
-            loss = language_model_loss(model, ids, low)
+            loss = language_model_loss(model, ids, low, transformer)
         loss.backward()
-        if not torch.isfinite(loss):
+        # To look at a loss is to wait for the GPU: now and then, and before weights are kept.
+        saves = main and (time.time() - saved > 60 * args.save_minutes or tokens + per_step >= budget)
+        if (step % LOOK_EVERY == 0 or saves) and not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {loss.item()} at step {step}: lower --muon-lr or --adam-lr")
         average_gradients(model, accelerator)
         clip_grad_norm_(model.parameters(), 1.0)
         progress = (tokens - first) / (budget - first)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * learning_rate_factor(progress)
+            optimizer.param_groups[0]["lr"] = peak * learning_rate_factor(progress, args.warmup)
             optimizer.step()
             optimizer.zero_grad()
         tokens, step = tokens + per_step, step + 1
@@ -246,7 +257,7 @@ def pretrain(args) -> None:
                 f"{(budget - tokens) / speed / 60:.0f} min left",
                 flush=True,
             )
-        if time.time() - saved > 60 * args.save_minutes or tokens >= budget:
+        if saves:
             saved = time.time()
             save_checkpoint(work / "latest", model, optimizers, tokens, step)
             model.eval()
@@ -282,7 +293,7 @@ def make_model(tokenizer, args) -> tuple[GPT2LMHeadModel, int]:
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **{f"{name}_pdrop": 0.0 for name in ("resid", "embd", "attn")},
+        **{name: args.dropout for name in DROPOUTS},
     )
     return GPT2LMHeadModel(config), 0
 
@@ -298,6 +309,8 @@ def read_facts(folder: str | Path) -> dict:
 def export(model, tokenizer, folder: Path, tokens: int, total: int, args) -> None:
     """Write the half-precision checkpoint and the facts that its model card quotes."""
     model = model.eval().half().float()
+    # What fine-tuning drops is a setting of its own.
+    model.config.update(dict.fromkeys(DROPOUTS, 0.0))
     measured = bits_per_byte(model, tokenizer, held_out_texts())
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -310,6 +323,7 @@ def export(model, tokenizer, folder: Path, tokens: int, total: int, args) -> Non
         "recipe": {k: v for k, v in vars(args).items() if k not in ("texts", "work", "out", "start_from")}
         | {"width": model.config.n_embd, "layers": model.config.n_layer, "vocabulary": model.config.vocab_size},
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
     }
     if args.start_from:
         facts["started_from"] = read_facts(args.start_from)
@@ -329,8 +343,8 @@ BPE of {vocabulary:,} tokens) that ships with the project, so that its notebooks
   texts are known to stand among the unlabelled ones too.
 - **Recipe**: next-token prediction on packed windows of {context} tokens, {tokens:.1f}M tokens ({epochs:.2f} epochs),
   {batch} windows a step, {optimizer} (learning rates {muon_lr:g} for block matrices, {adam_lr:g} for the rest), warm-up
-  over 1 %, constant, linear decay over the last {decay:.0%}. `python -m nbhelpers.pretrain --help` re-creates it;
-  `facts.json` holds every setting.
+  over {warmup:.0%}, constant, linear decay over the last {decay:.0%}, dropout {dropout:g}; on one {device}.
+  `facts.json` holds every setting; `python -m nbhelpers.pretrain --texts FILE` with them re-creates it.
 - **Held-out bits per byte**: {bits:.4f} on {reviews} labelled reviews that it was not trained on
   (`nbhelpers.pretrain.bits_per_byte`).
 - **Limits**: it knows film reviews and nothing else, in English; it writes no text worth reading, and it has the
@@ -353,7 +367,8 @@ def model_card(facts: dict, config: GPT2Config) -> str:
         decay=DECAY,
         bits=facts["held_out_bits_per_byte"],
         reviews=facts["held_out_reviews"],
-        **{key: facts["recipe"][key] for key in ("batch", "optimizer", "muon_lr", "adam_lr")},
+        device=facts["device"],
+        **{key: facts["recipe"][key] for key in ("batch", "optimizer", "muon_lr", "adam_lr", "warmup", "dropout")},
     )
 
 
@@ -365,14 +380,16 @@ def main() -> None:
     parser.add_argument(
         "--start-from", help="folder of published weights to go on from (shape and tokenizer are theirs)"
     )
-    parser.add_argument("--tokens", type=float, default=50e6, help="tokens to have seen at the end")
-    parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokens", type=float, default=193.1e6, help="tokens to have seen at the end")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=16, help="windows of 512 tokens a step")
+    parser.add_argument("--batch", type=int, default=64, help="windows of 512 tokens a step")
     parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
     parser.add_argument("--muon-lr", type=float, default=2e-2)
     parser.add_argument("--adam-lr", type=float, default=2e-3)
+    parser.add_argument("--warmup", type=float, default=0.1, help="share of the tokens over which the rate rises")
+    parser.add_argument("--dropout", type=float, default=0.05, help="of a new model")
     parser.add_argument("--save-minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     pretrain(parser.parse_args())

@@ -36,7 +36,7 @@ class Profile:
     batch_size: int = 16
     eval_batch_size: int = 32
     epochs: int = 2
-    learning_rate: float = 5e-4
+    learning_rate: float = 1.5e-4
     layer_decay: float = 1.0  # the learning rate of each layer further down is multiplied by this once more
     weight_decay: float = 0.01
     warmup_share: float = 0.1
@@ -250,6 +250,7 @@ PROFILES = {
         max_tokens=32,
         batch_size=8,
         epochs=1,
+        learning_rate=5e-4,
         sparsities=(0.5, 0.9),
         recovery_sparsities=(0.9,),
         recovery_steps=3,
@@ -270,10 +271,12 @@ PROFILES = {
         name="quick",
         # Fewer and longer reviews for the same tokens: most verdicts stand in a part that 128 tokens leave out.
         train_size=1500,
-        validation_size=400,
-        max_tokens=256,
-        recovery_steps=20,
-        recovery_learning_rates=(3e-4, 1e-3),
+        validation_size=300,
+        max_tokens=160,
+        main_sparsity=0.8,
+        comparator_sparsities=(0.8,),
+        recovery_steps=30,
+        recovery_learning_rates=(2e-4, 5e-4),
         scan_steps=15,
     ),
     # Sized in tokens for a night on two cores: three seeds and all labelled reviews come before many recovery steps

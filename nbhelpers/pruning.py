@@ -18,6 +18,7 @@ from nbhelpers.experiments import (
     TRAIN_FIELDS,
     answers_right,
     dataset,
+    judging,
     load_statistics,
     model_name,
     on_device,
@@ -152,13 +153,13 @@ def pruned_logits(run: Run, pruner: str) -> np.ndarray:
             scores = scores_of(run, pruner)
             pruned = (prune_model(run, masks.select(scores, sparsity)) for sparsity in sparsities)
             models = (model.to(processes.device()) for model in pruned)
-        rows, size = dataset(run, "validation").input_ids, run.profile.eval_batch_size
-        save_tensors(folder, {"logits": torch.from_numpy(np.stack([predict_logits(m, rows, size) for m in models]))})
+        rows, how = dataset(run, "validation").input_ids, judging(run)
+        save_tensors(folder, {"logits": torch.from_numpy(np.stack([predict_logits(m, rows, **how) for m in models]))})
 
     inputs = ("fine_tuned", "calibration") if pruner == "sparsegpt" else ("fine_tuned", f"scores_{pruner}")
     calibrate_model(run) if pruner == "sparsegpt" else build_scores(run, (pruner,))
     reviews = reviews_fingerprint(run, "validation")
-    settings = pick(run.profile, "max_tokens", sparsities=sparsities, reviews=reviews)
+    settings = pick(run.profile, "max_tokens", "precision", sparsities=sparsities, reviews=reviews)
     run.cached(f"pruned_{pruner}", settings, build, inputs, made_by="03")
     return run.load_tensors(f"pruned_{pruner}")["logits"].numpy()
 
@@ -347,14 +348,20 @@ def recovered_curves(run: Run, split: str = "validation") -> pd.DataFrame:
 
 
 def best_criterion(run: Run) -> str:
-    """The criterion, or the merge, best on validation after recovery at the main sparsity, over all seeds.
+    """The best on validation after recovery at the main sparsity, over all seeds.
 
-    Raises ``WorkspaceError`` before all of them are recovered.
+    Of the three criteria, their merge and the best comparator. Raises ``WorkspaceError`` before all are recovered.
     """
     main = run.profile.main_sparsity
-    models = {criterion: model_name("recovered", criterion, main) for criterion in MAIN}
-    accuracy = {c: np.mean([validation_accuracy(one, name) for one in runs_of(run)]) for c, name in models.items()}
-    return max(accuracy, key=accuracy.get)
+
+    def accuracy(score: str) -> float:
+        name = model_name("recovered", score, main)
+        return np.mean([validation_accuracy(one, name) for one in runs_of(run)])
+
+    found = {score: accuracy(score) for score in MAIN}
+    other = best_comparator(run)
+    found[other] = accuracy(other)
+    return max(found, key=found.get)
 
 
 # --- 04: sparse conversion ---

@@ -43,7 +43,7 @@ from nbhelpers.workspace import Run, WorkspaceError, open_run, root, write_text
 
 # What is drawn from; all else stays as the profile has it.
 SPACE = {
-    "learning_rate": loguniform(1e-4, 3e-3),
+    "learning_rate": loguniform(3e-5, 1e-3),
     "layer_decay": [0.7, 0.85, 1.0],
     "epochs": [1, 2, 3],
     "dropout": [0.0, 0.1, 0.2],

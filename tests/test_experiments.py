@@ -17,6 +17,7 @@ from nbhelpers.evaluation import evaluate_accuracy
 from nbhelpers.masks import select, unpack
 from nbhelpers.models import blocks, create_student, load_tokenizer, prunable_weights
 from nbhelpers.profiles import get_profile
+from nbhelpers.sparse import convert_to_sparse, save_sparse
 from nbhelpers.training import recipe_for, train
 from nbhelpers.workspace import Run, WorkspaceError, open_run
 
@@ -141,6 +142,22 @@ def test_a_second_call_finds_everything_and_computes_nothing(study, monkeypatch)
     pruning.sparsify(again, study.best, 0.9)
     pruning.compact_model(again, 0.5)
     assert [created(one) for one in experiments.runs_of(again)] == before
+
+
+def test_dense_models_are_judged_in_the_precision_of_training_and_sparse_engines_in_float32(workspace, monkeypatch):
+    run, asked = open_run(get_profile("smoke", precision="bf16"), 0), []
+    experiments.finetune_model(run)
+    sparse = convert_to_sparse(run.load_model("fine_tuned"), "auto")
+    run.cached("sparse", {}, lambda folder: save_sparse(sparse, folder), kind="sparse", made_by="04")
+
+    def judge(model, rows, batch_size, precision):
+        asked.append((batch_size, precision))
+        return np.zeros((len(rows), 2), dtype=np.float32)
+
+    monkeypatch.setattr(experiments, "predict_logits", judge)
+    for name in ("fine_tuned", "sparse"):
+        experiments.split_logits(run, name, "validation")
+    assert asked == [(32, "bf16"), (32, "no")]
 
 
 def test_a_changed_setting_trains_again_what_depends_on_it_and_nothing_else(workspace):

@@ -298,6 +298,19 @@ def test_logits_come_in_the_order_of_the_reviews_whatever_the_batches(token_rows
     assert np.ptp(alone[:, 0]) > 0.1, "rows that are all alike would show no order"
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_models_are_judged_in_the_precision_that_is_asked_for(token_rows, precision, dtype):
+    model, seen = tiny_gpt2(spread=0.3), []
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    found = predict_logits(model, token_rows, precision=precision)
+    assert set(seen) == {dtype}
+    assert found.dtype == np.float32
+    exact = predict_logits(model, token_rows)
+    # bfloat16 keeps 8 binary digits.
+    np.testing.assert_allclose(found, exact, atol=0.02 * np.abs(exact).max())
+    assert np.array_equal(found, exact) == (precision == "no")
+
+
 def test_no_reviews_and_logits_that_are_not_finite_are_errors(token_rows):
     model = tiny_gpt2()
     with pytest.raises(ValueError, match="there are no reviews to predict"):

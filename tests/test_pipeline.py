@@ -519,6 +519,7 @@ FINDING = {
     "test_reviews": 1000,
     "sparsity": 0.9,
     "best": "merged",
+    "own": "merged",
     "single": "movement",
     "comparator_name": "movement_first_order",
     "leaders": [{"sparsity": 0.9, "best": "merged", "second": "<wanda>", "accuracy": 0.9} | GAP],
@@ -544,6 +545,7 @@ def compared(workspace):
     }
     others = {"student": MODEL, "compressed": MODEL | {"model": "compressed", "speedup": 12.0, "file_bytes": 5.5e5}}
     run.record("comparison", test_reviews=1000, dense=MODEL, sparse=sparse, **others, **COUNTED)
+    run.record("fine_tuning", total_parameters=6_967_808)
     run.record("finding", **FINDING)
     run.record("captions", **{name: f"Caption of {name}" for name in page.README_FIGURES})
     run.save_table("comparison", pd.DataFrame([MODEL, sparse | {"p_value": 0.0001}]))
@@ -573,7 +575,8 @@ def test_the_readme_is_rewritten_between_its_markers_only(compared, tmp_path):
     )
     assert f"\n### The finding\n\n{finding_text(FINDING)}\n\n!" in once
     rows = [line for line in plain.splitlines() if line.startswith("|")]
-    assert f"Models of the first seed; profile `smoke`, seeds 0 to 1, {versions()['device']}" in once
+    assert "Models of the first seed; profile `smoke`, seeds 0 to 1, a model of 6.97M parameters, " in once
+    assert f", {versions()['device']}." in once
     assert "The default run" not in once
     assert len(rows) == 4 and len({row.count("|") for row in rows}) == 1
     assert rows[3].startswith("| sparse | 87.5 % (88.0 to 92.0) |") and rows[3].endswith("| < 0.001 |")
@@ -601,7 +604,9 @@ def test_the_readme_leads_with_thorough_once_it_has_a_finding(compared, workspac
     page.main()
     first, second = path.read_text().split("### The default run")
     assert "reports/thorough/figures/06_rivals.png" in first and "profile `thorough`, seeds 0 to 2" in first
-    assert f"The default run, profile `quick`, seed 0, {versions()['device']}" in second and "reports/" not in second
+    assert (
+        "The default run, profile `quick`, seed 0, a model of 6.97M parameters, " in second and "reports/" not in second
+    )
     assert "| model | accuracy | sparsity | file, MB | speed-up | p |" in second
     results = json.loads((reports / "thorough" / "results.json").read_text())
     del results["finding"]["leaders"]

@@ -119,7 +119,7 @@ def test_windows_are_the_shuffled_stream_cut_without_padding(monkeypatch):
 
 
 def test_the_learning_rate_warms_up_stays_and_falls_to_zero():
-    factors = [learning_rate_factor(i / 1000) for i in range(1001)]
+    factors = [learning_rate_factor(i / 1000, warmup=0.01) for i in range(1001)]
     assert factors[0] == pytest.approx(1e-3)
     assert np.all(np.diff(factors[:11]) > 0)
     assert factors[10:801] == pytest.approx([1.0] * 791, abs=1e-12)
@@ -206,6 +206,8 @@ def arguments(folder, tokens: int = 640, **changes) -> argparse.Namespace:
         "optimizer": "muon",
         "muon_lr": 0.02,
         "adam_lr": 0.002,
+        "dropout": 0.0,
+        "warmup": 0.01,
         "save_minutes": 0.0,
         "seed": 0,
     }
