@@ -42,7 +42,7 @@ def test_the_first_draw_is_the_profile_and_more_draws_begin_with_the_same():
 
 def test_every_draw_is_a_profile_within_the_space():
     for settings in search.draws(get_profile("quick"), 40)[1:]:
-        assert 1e-4 <= settings["learning_rate"] <= 3e-3
+        assert 3e-5 <= settings["learning_rate"] <= 1e-3
         assert all(settings[name] in search.SPACE[name] for name in set(search.SPACE) - {"learning_rate"})
         assert get_profile("quick", **settings).learning_rate == settings["learning_rate"]
 
