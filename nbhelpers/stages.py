@@ -183,7 +183,7 @@ STAGES = {
                 "test_reviews models dense control recovered sparse student compressed tfidf against_tfidf forgotten "
                 "test_part",
             )
-            + promise("finding", "seeds leaders merge comparator recovery control kept further compressed"),
+            + promise("finding", "seeds leaders own merge comparator recovery control kept further compressed"),
             gaps=("forgotten.learned", "forgotten_associations"),
         ),
     )
