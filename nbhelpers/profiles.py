@@ -269,7 +269,8 @@ PROFILES = {
     ),
     "quick": Profile(
         name="quick",
-        # Fewer and longer reviews for the same tokens: most verdicts stand in a part that 128 tokens leave out.
+        # What reviews of 160 tokens save goes into steps of recovery. At 80 %, not at 90 %, so many bring the best
+        # score back to the dense model.
         train_size=1500,
         validation_size=300,
         max_tokens=160,
@@ -286,10 +287,11 @@ PROFILES = {
         validation_size=1000,
         test_size=2500,
         max_tokens=512,
-        sparsities=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97),
-        recovery_sparsities=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97),
+        sparsities=(0.5, 0.7, 0.8, 0.9, 0.95, 0.97),
+        recovery_sparsities=(0.5, 0.7, 0.8, 0.9, 0.95, 0.97),
         comparator_sparsities=(0.8, 0.9, 0.95),
         recovery_steps=80,
+        recovery_learning_rates=(1e-4, 3e-4, 6e-4),
         temperatures=(1.0, 2.0, 4.0),
         alphas=(0.1, 0.5, 0.9),
         scan_steps=80,
