@@ -150,15 +150,15 @@ def unlearned(run: Run, count: int = 40) -> pd.DataFrame:
 
     On validation reviews and on text of another domain, ``count`` each; "pruned_..." has not been recovered.
     """
-    main, tokenizer = run.profile.main_sparsity, load_tokenizer(run.profile)
+    main, tokenizer, scores = run.profile.main_sparsity, load_tokenizer(run.profile), (*MAIN, best_comparator(run))
     reviews = reviews_of(run.profile, run.seed)["validation"]["text"][:]
     texts = {"reviews": reviews[:: max(1, len(reviews) // count)][:count], "other": other_domain_texts(count)}
     rows = []
     for one in runs_of(run):
-        recovered = [model_name("recovered", criterion, main) for criterion in MAIN]
+        recovered = [model_name("recovered", score, main) for score in scores]
         # One model at a time: a dozen of full size would not fit into every memory.
         models = {name: partial(one.load_model, name) for name in ("pretrained", *LINES)}
-        models |= {model_name("pruned", c, main): partial(prune_at, one, c, main) for c in MAIN}
+        models |= {model_name("pruned", c, main): partial(prune_at, one, c, main) for c in scores}
         models |= {name: partial(one.load_model, name) for name in recovered}
         for name, load in track(models.items(), "reading as language models"):
             body = as_language_model(load().to(processes.device())).eval()
