@@ -143,7 +143,8 @@ def test_a_score_that_was_recovered_where_the_merge_was_not_is_no_rival(study):
 def test_what_was_unlearned_has_a_row_a_model_domain_and_seed(study):
     table = comparison.unlearned(study.run, count=2)
     assert list(table) == ["model", "domain", "seed", "bits_per_byte"]
-    pruned = [f"{stage}_{criterion}_90" for criterion in MAIN for stage in ("pruned", "recovered")]
+    scores = (*MAIN, pruning.best_comparator(study.run))
+    pruned = [f"{stage}_{score}_90" for score in scores for stage in ("pruned", "recovered")]
     names = ["pretrained", "fine_tuned", "fine_tuned_extra", *pruned]
     found = sorted(table[["model", "domain", "seed"]].itertuples(index=False, name=None))
     assert found == sorted(itertools.product(names, ("reviews", "other"), (0, 1)))
