@@ -13,6 +13,7 @@ import argparse
 import copy
 import dataclasses
 import itertools
+import json
 import os
 import tempfile
 import time
@@ -40,7 +41,7 @@ from nbhelpers.criteria import merge_scores
 from nbhelpers.data import IMDbDataset, load_reviews
 from nbhelpers.masks import apply_masks, select
 from nbhelpers.measurement import by_model, compare_latency, compare_speed, peak_memory, speedups
-from nbhelpers.models import load_tokenizer, predict_logits, prunable_layers, prunable_weights
+from nbhelpers.models import MINI, load_tokenizer, predict_logits, prunable_layers, prunable_weights
 from nbhelpers.profiles import get_profile
 from nbhelpers.progress import track
 from nbhelpers.sparse import convert_gpt2_to_sparse, kernels
@@ -48,14 +49,16 @@ from nbhelpers.sparse.layers import random_matrix, to_weight
 from nbhelpers.training import Recipe, mixed_precision, train
 from nbhelpers.workspace import versions
 
-LAYERS = {  # in, out: the four matrices of a block
-    "gpt2": ((768, 2304), (768, 768), (768, 3072), (3072, 768)),
-    "mini": ((256, 768), (256, 256), (256, 1024), (1024, 256)),
-}
-MODELS = {
-    "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
-    "mini": {"n_layer": 6, "n_embd": 256, "n_head": 4, "vocab_size": 8192, "n_positions": 512},
-}
+MODELS = {"gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}}
+SHIPPED = json.loads((MINI / "config.json").read_text(encoding="utf-8"))
+MODELS["mini"] = {key: SHIPPED[key] for key in MODELS["gpt2"]}
+
+
+def block_matrices(width: int) -> tuple[tuple[int, int], ...]:
+    """(in, out) of the four matrices of a GPT-2 block."""
+    return (width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)
+
+
 ENGINES = ("dense", "numba", "torch_csr", "scipy")
 SPARSITIES = (0.5, 0.6, 0.8, 0.9, 0.95)
 TOKENS = (128, 2048)
@@ -366,7 +369,7 @@ def compare_training(shape: str, batch_size: int, length: int, steps: int, repea
 def layers(options) -> Iterator[tuple[str, pd.DataFrame]]:
     """A title and a table for each matrix of each shape."""
     for shape in options.shapes:
-        for n_in, n_out in LAYERS[shape]:
+        for n_in, n_out in block_matrices(MODELS[shape]["n_embd"]):
             sparsities = options.sparsities or SPARSITIES
             yield (
                 f"{shape} {n_in} x {n_out}",
@@ -408,7 +411,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m nbhelpers.benchmark", description=__doc__.split("\n\n")[0])
     commands = {"layers": layers, "models": models, "machine": machine, "selection": selection, "training": training}
     parser.add_argument("what", choices=list(commands))
-    parser.add_argument("--shapes", nargs="+", choices=list(LAYERS), default=list(LAYERS))
+    parser.add_argument("--shapes", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=None)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="layers: rows of the activations")
     parser.add_argument("--batch", type=int, default=8, help="models, training: reviews in a batch")

@@ -37,6 +37,7 @@ from nbhelpers.pruning import (
     MAIN,
     best_comparator,
     best_criterion,
+    contenders,
     converted_sparsities,
     prune_model,
     recoveries,
@@ -54,7 +55,7 @@ LINES = ("fine_tuned", "fine_tuned_extra")  # the dense model, and the same with
 def compared_models(run: Run) -> list[str]:
     """The models of the first seed that notebook 06 compares: dense ones, recovered, sparse, compact, and 05's."""
     main, best = run.profile.main_sparsity, best_criterion(run)
-    recovered = [model_name("recovered", c, main) for c in (*MAIN, best_comparator(run))]
+    recovered = [model_name("recovered", c, main) for c in contenders(run)]
     sparse = [model_name("sparse", best, sparsity) for sparsity in converted_sparsities(run.profile)]
     compact = [model_name("compact", best, sparsity) for sparsity in structured_sparsities(run)]
     return [*LINES, *recovered, *sparse, *compact, *student_names(run.profile)]
@@ -150,7 +151,7 @@ def unlearned(run: Run, count: int = 40) -> pd.DataFrame:
 
     On validation reviews and on text of another domain, ``count`` each; "pruned_..." has not been recovered.
     """
-    main, tokenizer, scores = run.profile.main_sparsity, load_tokenizer(run.profile), (*MAIN, best_comparator(run))
+    main, tokenizer, scores = run.profile.main_sparsity, load_tokenizer(run.profile), contenders(run)
     reviews = reviews_of(run.profile, run.seed)["validation"]["text"][:]
     texts = {"reviews": reviews[:: max(1, len(reviews) // count)][:count], "other": other_domain_texts(count)}
     rows = []
@@ -191,7 +192,7 @@ def find(run: Run) -> dict:
 
     leaders = []
     for sparsity in run.profile.recovery_sparsities:
-        ranked = mean["recovered", sparsity][[*MAIN, comparator]].sort_values(ascending=False, kind="stable").index
+        ranked = mean["recovered", sparsity][list(contenders(run))].sort_values(ascending=False, kind="stable").index
         first, second = (names[criterion, sparsity] for criterion in ranked[:2])
         row = {"sparsity": sparsity, "best": ranked[0], "second": ranked[1], **difference(first, second)}
         leaders.append(row | over_seeds(right_over_seeds(run, first, "test")))

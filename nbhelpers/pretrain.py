@@ -19,7 +19,6 @@ import argparse
 import json
 import time
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -52,14 +51,14 @@ class FusedCrossEntropy(torch.autograd.Function):
     in few large products on a GPU.
     """
 
-    CHUNK = MappingProxyType({"cpu": 256, "cuda": 16384})  # tokens
+    CHUNK, CHUNK_ON_GPU = 256, 16384  # tokens
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
         low = weight.to(hidden.dtype)
         loss = torch.zeros((), device=hidden.device)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        chunk = FusedCrossEntropy.CHUNK[hidden.device.type]
+        chunk = FusedCrossEntropy.CHUNK_ON_GPU if hidden.is_cuda else FusedCrossEntropy.CHUNK
         for i in range(0, len(targets), chunk):
             h, t = hidden[i : i + chunk], targets[i : i + chunk]
             logits = (h @ low.T).float()
@@ -232,13 +231,15 @@ def pretrain(args) -> None:
         with accelerator.autocast():
             loss = language_model_loss(model, ids, low, transformer)
         loss.backward()
+        progress, after = ((seen - first) / (budget - first) for seen in (tokens, tokens + per_step))
+        # The end of the plateau is kept: a longer run can go on from there.
+        ends_plateau = progress < 1 - DECAY <= after
+        saves = main and (time.time() - saved > 60 * args.save_minutes or after >= 1)
         # To look at a loss is to wait for the GPU: now and then, and before weights are kept.
-        saves = main and (time.time() - saved > 60 * args.save_minutes or tokens + per_step >= budget)
-        if (step % LOOK_EVERY == 0 or saves) and not torch.isfinite(loss):
+        if (step % LOOK_EVERY == 0 or saves or ends_plateau) and not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {loss.item()} at step {step}: lower --muon-lr or --adam-lr")
         average_gradients(model, accelerator)
         clip_grad_norm_(model.parameters(), 1.0)
-        progress = (tokens - first) / (budget - first)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * learning_rate_factor(progress, args.warmup)
             optimizer.step()
@@ -246,8 +247,7 @@ def pretrain(args) -> None:
         tokens, step = tokens + per_step, step + 1
         if not main:
             continue
-        # The end of the plateau is kept: a longer run can go on from there.
-        if progress < 1 - DECAY <= (tokens - first) / (budget - first):
+        if ends_plateau:
             save_checkpoint(work / "plateau", model, optimizers, tokens, step)
         if time.time() - reported > 60 or tokens >= budget:
             reported = time.time()

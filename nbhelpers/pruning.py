@@ -319,11 +319,16 @@ def best_comparator(run: Run) -> str:
     return curves.groupby("criterion")["accuracy"].mean().idxmax()
 
 
+def contenders(run: Run) -> tuple[str, ...]:
+    """The scores that are recovered at every sparsity: the three criteria, their merge and the best comparator."""
+    return (*MAIN, best_comparator(run))
+
+
 def recoveries(run: Run) -> list[tuple[str, float]]:
-    """Which (criterion, sparsity) are recovered: the criteria, their merge and the best comparator everywhere."""
-    best = best_comparator(run)
-    everywhere = [(c, s) for s in run.profile.recovery_sparsities for c in (*MAIN, best)]
-    others = [c for c in criteria.COMPARATORS if c != best]
+    """Which (score, sparsity) are recovered: contenders everywhere, the other comparators where they are asked for."""
+    best = contenders(run)
+    everywhere = [(c, s) for s in run.profile.recovery_sparsities for c in best]
+    others = [c for c in criteria.COMPARATORS if c not in best]
     return everywhere + [(c, s) for s in run.profile.comparator_sparsities for c in others]
 
 
