@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nbhelpers import processes
+from nbhelpers.attention import attention_as_products
 from nbhelpers.checkpoints import Checkpoints, Standing
 from nbhelpers.data import IMDbDataset, make_loader
 from nbhelpers.models import BLOCK_WEIGHT, blocks
@@ -227,8 +228,7 @@ def train(
     # Reviews are padded on the right and attention is causal: no real token sees padding, so no mask is passed.
     loader = make_loader(data, recipe.batch_size, model.config.pad_token_id, seed)
     sampler, accelerator = loader.batch_sampler, make_accelerator(recipe.precision)
-    on_gpu = accelerator.device.type == "cuda"
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, 0.98), fused=on_gpu)
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, 0.98), fused=True)
     bare = model.to(accelerator.device)
     model, optimizer = accelerator.prepare(bare, optimizer)
     per_epoch = len(loader)
@@ -238,7 +238,7 @@ def train(
     in_parts, parts = recipe.accumulation, [*observers, *([mask_keeper] if mask_keeper else [])]
     at = checkpoints.restore(bare, optimizer, parts) if checkpoints else Standing()
     schedule.last_epoch = at.step
-    with progress(steps, description, done=at.step) as bar:
+    with progress(steps, description, done=at.step) as bar, attention_as_products(bare):
         for epoch in range(len(at.history), math.ceil(steps / per_epoch)):
             sampler.set_epoch(epoch, skip=len(at.losses))
             model.train()
