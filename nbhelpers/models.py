@@ -29,6 +29,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from nbhelpers import processes
+from nbhelpers.bfloat16 import faster_in_bfloat16
 from nbhelpers.data import evaluation_batches, reason_of
 from nbhelpers.profiles import Profile, local_path, shown
 from nbhelpers.progress import progress
@@ -354,7 +355,7 @@ def predict_logits(model: nn.Module, rows: list[list[int]], batch_size: int = 32
     logits = torch.zeros(len(rows), model.config.num_labels)
     low = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     # Counted in tokens: the reviews come from short to long.
-    with low, progress(sum(map(len, rows)), "judging reviews") as bar:
+    with low, faster_in_bfloat16(model, precision), progress(sum(map(len, rows)), "judging reviews") as bar:
         for number, (indices, ids) in enumerate(evaluation_batches(rows, batch_size, model.config.pad_token_id)):
             if number % processes.count() == processes.index():
                 logits[indices] = model(input_ids=ids.to(device)).logits.float().cpu()

@@ -21,7 +21,19 @@ from matplotlib.font_manager import FontProperties
 from nbconvert import HTMLExporter
 
 from nbhelpers.profiles import ProfileError, get_profile
-from nbhelpers.report import LEGEND, comparison_cells, finding, headline, millions, reference, seeds_of, write_index
+from nbhelpers.report import (
+    LEGEND,
+    comparison_cells,
+    finding,
+    headline,
+    in_points,
+    interval,
+    millions,
+    p_equals,
+    reference,
+    seeds_of,
+    write_index,
+)
 from nbhelpers.report import chapter as chapter
 from nbhelpers.stages import STAGES, in_order
 from nbhelpers.workspace import Run, WorkspaceError, open_run, write_text
@@ -30,7 +42,9 @@ README = Path(__file__).parent.parent / "README.md"
 RESULTS = ("<!-- generated:start -->", "<!-- generated:end -->")
 FRONT = ("<!-- front:start -->", "<!-- front:end -->")
 MEASURED = ("<!-- measured:start -->", "<!-- measured:end -->")
+LABELS = ("<!-- labels:start -->", "<!-- labels:end -->")
 BENCHMARK = README.parent / "reports" / "benchmark"
+SETTINGS = README.parent / "reports" / "settings"
 README_FRONT, README_FIGURES = "06_accuracy_latency", ("03_recovered", "06_rivals")
 # Of the comparison's columns, what a second table says.
 IN_SHORT = ("model", "accuracy", "sparsity", "file, MB", "speed-up", "p")
@@ -145,9 +159,8 @@ def leading_profile() -> str:
     return "thorough" if reference() else "quick"
 
 
-def benchmark_table(name: str) -> pd.DataFrame:
-    """A table of ``reports/benchmark``. Raises ``WorkspaceError`` where it is missing."""
-    path = BENCHMARK / f"{name}.csv"
+def measured_table(path: Path) -> pd.DataFrame:
+    """A table that a command of its own has left in reports. Raises ``WorkspaceError`` where it is missing."""
     if not path.is_file():
         raise WorkspaceError(f"{path} is missing: see the README on how it is measured")
     return pd.read_csv(path)
@@ -187,7 +200,8 @@ def selection_line(table: pd.DataFrame) -> str:
 
 def full_size_block() -> str:
     """What a run of every stage at the size of GPT-2 took, and what was measured against other tools, in words."""
-    stages, training, selection = (benchmark_table(name) for name in ("full_size", "training", "selection"))
+    names = ("full_size", "training", "selection")
+    stages, training, selection = (measured_table(BENCHMARK / f"{name}.csv") for name in names)
     rows = [
         [row["notebook"].replace("_", " "), gigabytes(row["peak_memory_bytes"])] for row in stages.to_dict("records")
     ]
@@ -197,6 +211,53 @@ def full_size_block() -> str:
     lines = [*markdown_table(["notebook", "memory, GB"], rows), "", about, ""]
     lines += [trainer_line(part) for _, part in training.groupby("shape", sort=False)]
     return "\n".join([*lines, selection_line(selection)])
+
+
+def best_trial_line(trials: pd.DataFrame, start: str) -> str:
+    """The best settings of a start, in words, and how much the trials differ."""
+    rows = trials[trials["start"] == start].sort_values("accuracy", ascending=False)
+    best, others = rows.iloc[0], rows["accuracy"]
+    said = f"learning rate {best['learning_rate']:g}, {best['epochs']} epochs, dropout {best['dropout']:g}"
+    said += f", layer decay {best['layer_decay']:g}, {best['prefix_share']:.0%} of the loss on the way"
+    return (
+        f"- {start.replace('_', ' ')}: {interval(best)} on validation with {said}; median of the trials "
+        f"{100 * others.median():.1f} %, worst {100 * others.min():.1f} %."
+    )
+
+
+def labels_block() -> str:
+    """What pre-training is worth at how many labels, and the best trials, in words and a figure."""
+    labels = measured_table(SETTINGS / "labels.csv")
+    header = ["labels", "model", "test accuracy", "to TF-IDF", "minutes"]
+    rows = [
+        [
+            f"{row['labels']:,}",
+            {"tfidf": "TF-IDF"}.get(row["model"], row["model"].replace("_", " ")),
+            interval(row),
+            "" if row["model"] == "tfidf" else in_points(found_of(row), p_equals(row["p_value"])),
+            "" if pd.isna(row["minutes"]) else f"{row['minutes']:.0f}",
+        ]
+        for row in labels.to_dict("records")
+    ]
+    about = f"On {labels['n'].iloc[0]:,} test reviews; minutes are those of one fine-tuning on one core."
+    lines = [*markdown_table(header, rows), "", about, ""]
+    lines += ["![Test accuracy over the number of labelled reviews.](reports/settings/labels.png)", ""]
+    for path in sorted(SETTINGS.glob("*.csv")):
+        if path.stem != "labels":
+            trials = pd.read_csv(path)
+            one = trials.iloc[0]
+            lines += [
+                f"The trials of `{path.stem}`: {trials['trial'].nunique()} of each start, {one['labels']:,} labels, "
+                f"at most {one['max_tokens']} tokens, judged on {one['n']:,} validation reviews.",
+                "",
+                *(best_trial_line(trials, start) for start in trials["start"].unique()),
+            ]
+    return "\n".join(lines)
+
+
+def found_of(row: dict) -> dict:
+    """The difference of a row of ``labels.csv``, with the keys of ``evaluation.paired_difference``."""
+    return {"difference": row["difference"], "low": row["difference_low"], "high": row["difference_high"]}
 
 
 def write_between(path: Path, blocks: dict[tuple[str, str], str]) -> None:
@@ -215,8 +276,8 @@ def write_readme(run: Run, path: Path = README) -> None:
 
 
 def write_measured(path: Path = README) -> None:
-    """Write what was measured at full size into the README. Raises ``WorkspaceError`` where that is missing."""
-    write_between(path, {MEASURED: full_size_block()})
+    """Write what commands of their own have measured into the README. Raises ``WorkspaceError`` where it is missing."""
+    write_between(path, {MEASURED: full_size_block(), LABELS: labels_block()})
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
 """Where the settings of fine-tuning come from, and what pre-training is worth at how many labels.
 
     python -m nbhelpers.search trials --profile quick --count 16 --set validation_size=5000
-    python -m nbhelpers.search labels --profile thorough --counts 1500 6000 0
+    python -m nbhelpers.search labels --profile thorough --trials quick --counts 1500 6000 0
 
 ``trials``: random search on validation reviews, the same draws for the pretrained model and for random weights of
-the same shape; leaves reports/settings/<profile>.csv. ``labels``: the best settings of each, fine-tuned on so many
-labelled reviews (0 is all), against TF-IDF on the test reviews; leaves reports/settings/labels.csv and a figure. What
-is computed is kept: the same command goes on where it was stopped.
+the same shape; leaves reports/settings/<profile>.csv. ``labels``: the best settings of each, of the profile's trials or
+of another's, fine-tuned on so many labelled reviews (0 is all), against TF-IDF on the test reviews; leaves
+reports/settings/labels.csv and a figure. What is computed is kept: the same command goes on where it was stopped.
 """
 
 import argparse
@@ -132,20 +132,25 @@ def search(run: Run, count: int, jobs: int = 1) -> pd.DataFrame:
     return table
 
 
-def best_settings(profile: Profile, start: str) -> dict:
-    """The settings with the best validation accuracy of a start. Raises ``WorkspaceError`` before ``search``."""
-    path = tables() / f"{profile.name}.csv"
+def best_settings(profile: Profile, start: str, trials: str = "") -> dict:
+    """The settings with the best validation accuracy of a start, of the trials of a profile: by default its own.
+
+    Raises ``WorkspaceError`` before ``search``.
+    """
+    path = tables() / f"{trials or profile.name}.csv"
     if not path.is_file():
-        raise WorkspaceError(f"{path} is missing: python -m nbhelpers.search trials --profile {profile.name} makes it")
+        command = f"python -m nbhelpers.search trials --profile {trials or profile.name}"
+        raise WorkspaceError(f"{path} is missing: {command} makes it")
     table = pd.read_csv(path)
     rows = table[table["start"] == start]
     best = rows.loc[rows["accuracy"].idxmax(), list(SPACE)].to_dict()
     return {name: type(getattr(profile, name))(value) for name, value in best.items()}
 
 
-def compare_labels(run: Run, counts: list[int], jobs: int = 1) -> pd.DataFrame:
+def compare_labels(run: Run, counts: list[int], jobs: int = 1, trials: str = "") -> pd.DataFrame:
     """The best settings of each start, fine-tuned on so many labels (0 is all), against TF-IDF on the test reviews.
 
+    trials: of which profile the settings are taken, by default of the run's own.
     Columns: labels (in the training part), model, accuracy (mean over seeds; its interval is Wilson's for one seed,
     else the lowest and the highest seed), seeds, minutes (of one fine-tuning), difference to TF-IDF in accuracy with
     its 95 % interval and p_value (``evaluation.paired_difference``), n (test reviews).
@@ -154,7 +159,7 @@ def compare_labels(run: Run, counts: list[int], jobs: int = 1) -> pd.DataFrame:
     for count in counts:
         studies.append((count, "tfidf", variant(run, f"labels-{count}-tfidf", train_size=count)))
         for start in STARTS:
-            settings = {"train_size": count, **best_settings(run.profile, start)}
+            settings = {"train_size": count, **best_settings(run.profile, start, trials)}
             studies.append((count, start, variant(run, f"labels-{count}-{start}", **settings)))
     fit_all([(one, model) for _, model, study in studies if model in STARTS for one in runs_of(study)], jobs)
     rows, lines = [], {}
@@ -195,6 +200,7 @@ def main() -> None:
     add_run(parser)
     parser.add_argument("--count", type=int, default=16, help="trials: how many, the profile's own settings first")
     parser.add_argument("--counts", type=int, nargs="+", default=[1500, 6000, 0], help="labels: 0 is all")
+    parser.add_argument("--trials", default="", metavar="PROFILE", help="labels: whose trials (default its own)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="fine-tunings at a time (default 1)")
     options = parser.parse_args()
     os.environ.setdefault("NBHELPERS_BATCH", "1")
@@ -207,7 +213,7 @@ def main() -> None:
         if options.what == "trials":
             table = search(run, options.count, options.jobs)
         else:
-            table = compare_labels(run, options.counts, options.jobs)
+            table = compare_labels(run, options.counts, options.jobs, options.trials)
         print(table.round(4).to_string(index=False))
     except CLEAR_ERRORS as error:
         sys.exit(f"error: {error}")

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nbhelpers import processes
-from nbhelpers.attention import attention_as_products
+from nbhelpers.bfloat16 import faster_in_bfloat16
 from nbhelpers.checkpoints import Checkpoints, Standing
 from nbhelpers.data import IMDbDataset, make_loader
 from nbhelpers.models import BLOCK_WEIGHT, blocks
@@ -238,35 +238,36 @@ def train(
     in_parts, parts = recipe.accumulation, [*observers, *([mask_keeper] if mask_keeper else [])]
     at = checkpoints.restore(bare, optimizer, parts) if checkpoints else Standing()
     schedule.last_epoch = at.step
-    with progress(steps, description, done=at.step) as bar, attention_as_products(bare):
+    with progress(steps, description, done=at.step) as bar:
         for epoch in range(len(at.history), math.ceil(steps / per_epoch)):
             sampler.set_epoch(epoch, skip=len(at.losses))
             model.train()
             started = time.time() - at.seconds
-            for batch in loader:
-                loss, in_parts = backward_within_memory(model, batch, loss_function, accelerator, in_parts)
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the loss is {loss.item()} at step {at.step + 1}: lower the learning rate"
-                    )
-                for observer in observers:
-                    observer.after_backward()
-                if mask_keeper:
-                    mask_keeper.mask_gradients()
-                accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                if mask_keeper:
-                    mask_keeper.apply()
-                at.losses.append(loss)
-                at.step += 1
-                bar.update()
-                if at.step == steps or len(at.losses) == per_epoch:
-                    break
-                if checkpoints and checkpoints.due():
-                    at.seconds = time.time() - started
-                    checkpoints.save(at, bare, optimizer, parts)
+            with faster_in_bfloat16(bare, accelerator.mixed_precision, training=True):
+                for batch in loader:
+                    loss, in_parts = backward_within_memory(model, batch, loss_function, accelerator, in_parts)
+                    if not torch.isfinite(loss):
+                        raise FloatingPointError(
+                            f"the loss is {loss.item()} at step {at.step + 1}: lower the learning rate"
+                        )
+                    for observer in observers:
+                        observer.after_backward()
+                    if mask_keeper:
+                        mask_keeper.mask_gradients()
+                    accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+                    if mask_keeper:
+                        mask_keeper.apply()
+                    at.losses.append(loss)
+                    at.step += 1
+                    bar.update()
+                    if at.step == steps or len(at.losses) == per_epoch:
+                        break
+                    if checkpoints and checkpoints.due():
+                        at.seconds = time.time() - started
+                        checkpoints.save(at, bare, optimizer, parts)
             losses = processes.total(torch.stack(at.losses)).tolist()
             entry = {"epoch": epoch + 1, "steps": at.step, "loss": sum(losses) / len(losses), "losses": losses}
             entry["step_seconds"] = (time.time() - started) / len(losses)

@@ -44,7 +44,7 @@ LOADERS = {
 
 
 # The code that artefacts come out of: when it changes, they are built anew.
-COMPUTING = ("data", "models", "attention", "training", "checkpoints", "processes", "statistics", "criteria", "masks")
+COMPUTING = ("data", "models", "bfloat16", "training", "checkpoints", "processes", "statistics", "criteria", "masks")
 BUILT_HERE: set[Path] = set()
 # What is being built: the folder written into -> where its trainings keep checkpoints, and the key of the artefact.
 BUILDING: dict[Path, tuple[Path, str]] = {}

@@ -642,7 +642,8 @@ def test_a_readme_without_markers_is_refused(compared, tmp_path, text):
 def test_what_was_measured_at_full_size_stands_in_the_readme(workspace, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "BENCHMARK", tmp_path)
     path = tmp_path / "README.md"
-    path.write_text("Before\n{}\nstale\n{}\nAfter\n".format(*page.MEASURED))
+    monkeypatch.setattr(page, "labels_block", lambda: "labels")
+    path.write_text("Before\n{}\nstale\n{}\n{}\n{}\nAfter\n".format(*page.MEASURED, *page.LABELS))
     with pytest.raises(WorkspaceError, match=r"full_size\.csv is missing"):
         page.write_measured(path)
     stages_ = [
@@ -667,6 +668,34 @@ def test_what_was_measured_at_full_size_stands_in_the_readme(workspace, tmp_path
     assert "| 01 fine tune | 5.2 |\n| 02 criteria scoring | 4.0 |" in text
     assert "bf16: 0.61 s a step; training takes `trainer` 2.19 times as long (2.10 to 2.30)." in text
     assert "84,934,656 weights" in text and "13.1 s and 4.3 GB, 43 times as long" in text
+    assert "{}\nlabels\n{}".format(*page.LABELS) in text
+
+
+def test_what_pretraining_is_worth_stands_in_the_readme(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "SETTINGS", tmp_path)
+    with pytest.raises(WorkspaceError, match=r"labels\.csv is missing"):
+        page.labels_block()
+    line = {"labels": 6000, "accuracy_low": 0.871, "accuracy_high": 0.9, "seeds": 1, "n": 2495}
+    judged = [
+        line | {"model": "tfidf", "accuracy": 0.88, "difference": 0.0, "p_value": 1.0},
+        line
+        | {"model": "from_scratch", "accuracy": 0.82, "difference": -0.06, "p_value": 1e-9, "minutes": 8.2}
+        | {"difference_low": -0.075, "difference_high": -0.045},
+    ]
+    pd.DataFrame(judged).to_csv(tmp_path / "labels.csv", index=False)
+    shared = {"layer_decay": 1.0, "epochs": 2, "dropout": 0.1, "prefix_share": 0.5, "n": 5000}
+    shared |= {"accuracy_low": 0.7, "accuracy_high": 0.9, "labels": 1500, "max_tokens": 160, "head_share": 0.3}
+    trials = [
+        shared | {"start": "pretrained", "trial": i, "accuracy": accuracy, "learning_rate": rate}
+        for i, (accuracy, rate) in enumerate([(0.8, 1e-3), (0.85, 1.5e-4), (0.7, 3e-5)])
+    ]
+    pd.DataFrame(trials).to_csv(tmp_path / "quick.csv", index=False)
+    text = page.labels_block().replace("\N{NO-BREAK SPACE}", " ")
+    assert "| 6,000 | TF-IDF | 88.0 % (87.1 to 90.0) |  |  |" in text
+    assert "| from scratch | 82.0 % (87.1 to 90.0) | -6.0 points (-7.5 to -4.5, p < 0.001) | 8 |" in text
+    assert "`quick`: 3 of each start, 1,500 labels, at most 160 tokens, judged on 5,000 validation reviews." in text
+    assert "- pretrained: 85.0 % (70.0 to 90.0) on validation with learning rate 0.00015, 2 epochs" in text
+    assert "median of the trials 80.0 %, worst 70.0 %." in text
 
 
 def test_the_page_shows_the_comparison(compared):

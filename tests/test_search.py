@@ -88,6 +88,9 @@ def test_best_settings_are_those_of_the_best_accuracy_of_a_start(workspace):
     best = search.best_settings(run.profile, "pretrained")
     assert best == shared | {"epochs": 3} and isinstance(best["epochs"], int)
     assert search.best_settings(run.profile, "from_scratch")["epochs"] == 2
+    assert search.best_settings(get_profile("quick"), "from_scratch", "smoke")["epochs"] == 2
+    with pytest.raises(WorkspaceError, match=r"thorough\.csv is missing: .* trials --profile thorough"):
+        search.best_settings(run.profile, "pretrained", "thorough")
 
 
 def test_labels_without_a_search_say_what_is_missing(workspace):
@@ -139,6 +142,7 @@ def test_two_jobs_find_the_same(searched, tmp_path, monkeypatch):
         (["labels", "--counts", "-1"], "--counts numbers of reviews, or 0 for all"),
         (["trials", "--profile", "quik"], "no profile 'quik'"),
         (["labels", "--profile", "smoke"], "python -m nbhelpers.search trials --profile smoke makes it"),
+        (["labels", "--profile", "smoke", "--trials", "quick"], "quick.csv is missing"),
     ],
 )
 def test_bad_input_is_refused(workspace, monkeypatch, capsys, arguments, said):

@@ -1,13 +1,20 @@
-"""Attention as products: against softmax by hand in float64, and that training leaves a model as it was."""
+"""The ways of bfloat16: against softmax and GELU by hand in float64, and that they leave a model as it was."""
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_model
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from scipy.stats import norm
+from transformers import GPT2Model, LlamaConfig, LlamaForSequenceClassification
+from transformers.activations import ACT2FN
 
-from nbhelpers.attention import NAME, attend, attention_as_products
+from nbhelpers.bfloat16 import NAME, attend, attention_as_products, exact_gelu, faster_in_bfloat16
+from nbhelpers.data import IMDbDataset
+from nbhelpers.models import predict_logits
+from nbhelpers.training import Recipe, train
 
 
 def heads(batch=2, count=3, tokens=7, features=4):
@@ -49,13 +56,11 @@ def test_no_token_sees_a_later_one():
     assert torch.equal(before[:, :5], after[:, :5]) and not torch.equal(before[:, 5:], after[:, 5:])
 
 
-def test_a_mask_and_float32_go_to_the_fused_attention():
+def test_a_mask_is_heeded():
     q, k, v = (x.detach() for x in heads())
     whole = torch.zeros(2, 1, 7, 7, dtype=torch.bfloat16)  # nothing is hidden, not even what comes later
     mean = attend(torch.nn.Module(), torch.zeros_like(q), k, v, whole)[0]
     torch.testing.assert_close(mean[:, 0].double(), v.double().mean(2), rtol=0.02, atol=0.02)
-    exact = attend(torch.nn.Module(), q.float(), k.float(), v.float(), None, scaling=0.3)[0]
-    torch.testing.assert_close(exact, by_hand(q, k, v, 0.3).float(), rtol=1e-5, atol=1e-5)
 
 
 def llama():
@@ -90,3 +95,73 @@ def test_another_attention_that_was_asked_for_stays():
     model.set_attn_implementation("eager")
     with attention_as_products(model):
         assert model.config._attn_implementation == "eager"
+
+
+# --- GELU ---
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh"])
+def test_gelu_becomes_exact_within_the_block_only(name):
+    model, x = tiny_model(), torch.linspace(-4, 4, 801, dtype=torch.double)
+    for block in model.transformer.h:
+        block.mlp.act = ACT2FN[name]
+    before = [block.mlp.act for block in model.transformer.h]
+    with exact_gelu(model):
+        exact = [block.mlp.act(x) for block in model.transformer.h]
+    expected = torch.from_numpy(x.numpy() * norm.cdf(x.numpy()))
+    assert all(torch.allclose(one, expected, atol=1e-12) for one in exact)
+    assert [block.mlp.act for block in model.transformer.h] == before
+    change = (before[0](x) - expected).abs().max()
+    rounding = (F.gelu(x.bfloat16().double()) - F.gelu(x)).abs().max()
+    assert 1e-4 < change < 5e-4 < rounding, "what docstrings say of them"
+
+
+def test_another_activation_stays():
+    model = llama()
+    with exact_gelu(model):
+        assert not any(isinstance(module, torch.nn.GELU) for module in model.modules())
+
+
+# --- both, where they belong ---
+
+
+@pytest.mark.parametrize(
+    ("precision", "training", "gelu", "products"),
+    [("bf16", True, True, True), ("bf16", False, True, False), ("no", True, False, False), ("no", False, False, False)],
+)
+def test_the_ways_are_those_of_bfloat16(precision, training, gelu, products):
+    model = tiny_model()
+    with faster_in_bfloat16(model, precision, training):
+        assert isinstance(model.transformer.h[0].mlp.act, torch.nn.GELU) is gelu
+        assert (model.config._attn_implementation == NAME) is products
+    assert not isinstance(model.transformer.h[0].mlp.act, torch.nn.GELU)
+
+
+@pytest.mark.usefixtures("alone")
+def test_training_and_judging_use_them_and_give_the_model_back(monkeypatch):
+    seen = []
+    monkeypatch.setattr(GPT2Model, "forward", spy(GPT2Model.forward, seen))
+    model = tiny_model()
+    data = IMDbDataset.__new__(IMDbDataset)
+    data.input_ids, data.labels = [[3, 4, 5], [6, 7]] * 4, np.array([0, 1] * 4)
+
+    def validate(one):
+        predict_logits(one, data.input_ids, precision="bf16")
+        return 0.5
+
+    train(model, data, Recipe(1e-3, 4, precision="bf16"), validate=validate)
+    assert set(seen[:2]) == {(NAME, torch.nn.GELU)} and seen[-1] == ("sdpa", torch.nn.GELU)
+    assert model.config._attn_implementation == "sdpa"
+    assert not isinstance(model.transformer.h[0].mlp.act, torch.nn.GELU)
+    predict_logits(model, data.input_ids)
+    assert seen[-1] == ("sdpa", type(model.transformer.h[0].mlp.act))
+
+
+def spy(forward, seen: list):
+    """A forward pass that notes the attention and the activation of each call."""
+
+    def watched(self, *args, **kwargs):
+        seen.append((self.config._attn_implementation, type(self.h[0].mlp.act)))
+        return forward(self, *args, **kwargs)
+
+    return watched
