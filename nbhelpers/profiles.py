@@ -280,21 +280,21 @@ PROFILES = {
         recovery_learning_rates=(2e-4, 5e-4),
         scan_steps=15,
     ),
-    # Sized in tokens for a night on two cores: three seeds and all labelled reviews come before many recovery steps
-    # and before students of every seed.
+    # Sized in tokens for hours on two cores: three seeds and all labelled reviews come before many recovery steps and
+    # before students of every seed.
     "thorough": Profile(
         name="thorough",
         validation_size=1000,
         test_size=2500,
         max_tokens=512,
         sparsities=(0.5, 0.7, 0.8, 0.9, 0.95, 0.97),
-        recovery_sparsities=(0.5, 0.7, 0.8, 0.9, 0.95, 0.97),
-        comparator_sparsities=(0.8, 0.9, 0.95),
-        recovery_steps=80,
-        recovery_learning_rates=(1e-4, 3e-4, 6e-4),
+        recovery_sparsities=(0.5, 0.8, 0.9, 0.95),
+        comparator_sparsities=(0.8, 0.9),
+        recovery_steps=60,
+        recovery_learning_rates=(2e-4, 5e-4),
         temperatures=(1.0, 2.0, 4.0),
         alphas=(0.1, 0.5, 0.9),
-        scan_steps=80,
+        scan_steps=60,
         calibration_reviews=1024,
         latency_repeats=25,
         seeds=3,
