@@ -278,6 +278,8 @@ PROFILES = {
         comparator_sparsities=(0.8,),
         recovery_steps=30,
         recovery_learning_rates=(2e-4, 5e-4),
+        distill_epochs=3,
+        distill_learning_rate=1e-3,
         scan_steps=15,
     ),
     # Sized in tokens for hours on two cores: three seeds and all labelled reviews come before many recovery steps and
