@@ -11,7 +11,7 @@ from scipy.stats import norm
 from transformers import GPT2Model, LlamaConfig, LlamaForSequenceClassification
 from transformers.activations import ACT2FN
 
-from nbhelpers.bfloat16 import NAME, attend, attention_as_products, exact_gelu, faster_in_bfloat16
+from nbhelpers.bfloat16 import NAME, BitDropout, attend, attention_as_products, exact_gelu, faster_in_bfloat16
 from nbhelpers.data import IMDbDataset
 from nbhelpers.models import predict_logits
 from nbhelpers.training import Recipe, train
@@ -122,7 +122,33 @@ def test_another_activation_stays():
         assert not any(isinstance(module, torch.nn.GELU) for module in model.modules())
 
 
-# --- both, where they belong ---
+# --- dropout ---
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_by_bits_drops_a_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    n = 400_001  # not a multiple of four
+    x = torch.ones(n, requires_grad=True)
+    y = BitDropout(p)(x)
+    y.sum().backward()
+    dropped, five = (y == 0).float(), 5 * (p * (1 - p) / n) ** 0.5
+    assert dropped.mean().item() == pytest.approx(p, abs=five)
+    assert torch.allclose(y[y != 0], torch.tensor(1 / (1 - p))) and torch.equal(x.grad, y.detach())
+    # Of the four that share a drawn number each drops alike, and two of them independently.
+    lanes = dropped[:400_000].view(-1, 4)
+    torch.testing.assert_close(lanes.mean(0), torch.full((4,), p), rtol=0, atol=2 * five)
+    together = (lanes.t() @ lanes / len(lanes)).fill_diagonal_(p**2)
+    torch.testing.assert_close(together, torch.full((4, 4), p**2), rtol=0, atol=2 * five)
+
+
+def test_dropout_by_bits_does_nothing_outside_training_or_at_rate_0():
+    x = torch.randn(7, 3)
+    assert BitDropout(0.5).eval()(x) is x
+    assert BitDropout(0.0)(x) is x
+
+
+# --- all, where they belong ---
 
 
 @pytest.mark.parametrize(
@@ -131,10 +157,14 @@ def test_another_activation_stays():
 )
 def test_the_ways_are_those_of_bfloat16(precision, training, gelu, products):
     model = tiny_model()
+    model.transformer.h[1].mlp.dropout.p = 0.1
     with faster_in_bfloat16(model, precision, training):
         assert isinstance(model.transformer.h[0].mlp.act, torch.nn.GELU) is gelu
         assert (model.config._attn_implementation == NAME) is products
+        assert isinstance(model.transformer.h[1].mlp.dropout, BitDropout) is products
+        assert model.transformer.h[1].mlp.dropout.p == 0.1 and not model.transformer.h[1].mlp.dropout.training
     assert not isinstance(model.transformer.h[0].mlp.act, torch.nn.GELU)
+    assert not isinstance(model.transformer.h[1].mlp.dropout, BitDropout)
 
 
 @pytest.mark.usefixtures("alone")
