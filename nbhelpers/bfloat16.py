@@ -11,16 +11,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "products"  # under which transformers finds it
+LONGEST = 384  # tokens: of longer texts the fused attention is about as fast, and it keeps no scores in memory
 
 
 def attend(module: nn.Module, query, key, value, attention_mask, scaling: float | None = None, **options):
     """softmax(scaling * q k^T) v over each token and those before it: [batch, heads, tokens, features] in.
 
-    Returns [batch, tokens, heads, features] and, as the interface asks for weights, None. What has a mask, dropout or
-    grouped heads goes to PyTorch's fused attention.
+    Returns [batch, tokens, heads, features] and, as the interface asks for weights, None. What is longer than
+    ``LONGEST``, or has a mask, dropout or grouped heads, goes to PyTorch's fused attention.
     """
     (batch, heads, tokens, features), mask = query.shape, attention_mask
-    if mask is not None or key.shape != query.shape or options.get("dropout"):
+    if tokens > LONGEST or mask is not None or key.shape != query.shape or options.get("dropout"):
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
     later = torch.full((tokens, tokens), -torch.inf, dtype=query.dtype).triu(1)
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))

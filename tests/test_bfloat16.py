@@ -11,6 +11,7 @@ from scipy.stats import norm
 from transformers import GPT2Model, LlamaConfig, LlamaForSequenceClassification
 from transformers.activations import ACT2FN
 
+from nbhelpers import bfloat16
 from nbhelpers.bfloat16 import NAME, BitDropout, attend, attention_as_products, exact_gelu, faster_in_bfloat16
 from nbhelpers.data import IMDbDataset
 from nbhelpers.models import predict_logits
@@ -44,6 +45,14 @@ def test_products_give_attention_and_its_gradients(scaling, factor):
     (expected * direction).sum().backward()
     for one, other in zip(mine, reference, strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=0.05, atol=0.05)
+
+
+def test_long_texts_go_to_the_fused_attention(monkeypatch):
+    q, k, v = (x.detach() for x in heads())
+    short = attend(torch.nn.Module(), q, k, v, None)[0]
+    monkeypatch.setattr(bfloat16, "LONGEST", 6)
+    monkeypatch.setattr(torch, "baddbmm", lambda *_, **__: pytest.fail("scores were computed"))
+    torch.testing.assert_close(attend(torch.nn.Module(), q, k, v, None)[0], short, rtol=0.02, atol=0.02)
 
 
 def test_no_token_sees_a_later_one():
