@@ -239,7 +239,9 @@ def labels_block() -> str:
         ]
         for row in labels.to_dict("records")
     ]
-    about = f"On {labels['n'].iloc[0]:,} test reviews; minutes are those of one fine-tuning on one core."
+    tests, tokens = labels["n"].iloc[0], labels["max_tokens"].iloc[0]
+    about = f"On {tests:,} test reviews, of which a model reads at most {tokens} tokens; minutes are those of one "
+    about += "fine-tuning on one core."
     lines = [*markdown_table(header, rows), "", about, ""]
     lines += ["![Test accuracy over the number of labelled reviews.](reports/settings/labels.png)", ""]
     for path in sorted(SETTINGS.glob("*.csv")):

@@ -282,13 +282,13 @@ PROFILES = {
         distill_learning_rate=1e-3,
         scan_steps=15,
     ),
-    # Sized in tokens for hours on two cores: three seeds and all labelled reviews come before many recovery steps and
-    # before students of every seed.
+    # Sized in tokens for hours on two cores: three seeds and all labelled reviews come before many recovery steps,
+    # before students of every seed, and before the last tokens of the longest reviews.
     "thorough": Profile(
         name="thorough",
         validation_size=1000,
         test_size=2500,
-        max_tokens=512,
+        max_tokens=384,
         sparsities=(0.5, 0.7, 0.8, 0.9, 0.95, 0.97),
         recovery_sparsities=(0.5, 0.8, 0.9, 0.95),
         comparator_sparsities=(0.8, 0.9),

@@ -1,7 +1,7 @@
 """Where the settings of fine-tuning come from, and what pre-training is worth at how many labels.
 
     python -m nbhelpers.search trials --profile quick --count 16 --set validation_size=5000
-    python -m nbhelpers.search labels --profile thorough --trials quick --counts 1500 6000 0
+    python -m nbhelpers.search labels --profile thorough --trials quick --counts 6000 0
 
 ``trials``: random search on validation reviews, the same draws for the pretrained model and for random weights of
 the same shape; leaves reports/settings/<profile>.csv. ``labels``: the best settings of each, of the profile's trials or
@@ -151,9 +151,9 @@ def compare_labels(run: Run, counts: list[int], jobs: int = 1, trials: str = "")
     """The best settings of each start, fine-tuned on so many labels (0 is all), against TF-IDF on the test reviews.
 
     trials: of which profile the settings are taken, by default of the run's own.
-    Columns: labels (in the training part), model, accuracy (mean over seeds; its interval is Wilson's for one seed,
-    else the lowest and the highest seed), seeds, minutes (of one fine-tuning), difference to TF-IDF in accuracy with
-    its 95 % interval and p_value (``evaluation.paired_difference``), n (test reviews).
+    Columns: labels (in the training part), max_tokens, model, accuracy (mean over seeds; its interval is Wilson's for
+    one seed, else the lowest and the highest seed), seeds, minutes (of one fine-tuning), difference to TF-IDF in
+    accuracy with its 95 % interval and p_value (``evaluation.paired_difference``), n (test reviews).
     """
     studies = []
     for count in counts:
@@ -168,7 +168,8 @@ def compare_labels(run: Run, counts: list[int], jobs: int = 1, trials: str = "")
             open_test(one, [model])
         right = right_over_seeds(study, model, "test")
         found = paired_difference(right, lines.setdefault(count, right))
-        rows.append({"labels": len(reviews_of(study.profile, run.seed)["train"]), "model": model, **over_seeds(right)})
+        labels, tokens = len(reviews_of(study.profile, run.seed)["train"]), run.profile.max_tokens
+        rows.append({"labels": labels, "max_tokens": tokens, "model": model, **over_seeds(right)})
         rows[-1] |= {"minutes": minutes(study, model) if model in STARTS else None}
         rows[-1] |= {"difference": found["difference"], "difference_low": found["low"]}
         rows[-1] |= {"difference_high": found["high"], "p_value": found["p_value"], "n": found["n"]}

@@ -675,7 +675,7 @@ def test_what_pretraining_is_worth_stands_in_the_readme(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "SETTINGS", tmp_path)
     with pytest.raises(WorkspaceError, match=r"labels\.csv is missing"):
         page.labels_block()
-    line = {"labels": 6000, "accuracy_low": 0.871, "accuracy_high": 0.9, "seeds": 1, "n": 2495}
+    line = {"labels": 6000, "max_tokens": 512, "accuracy_low": 0.871, "accuracy_high": 0.9, "seeds": 1, "n": 2495}
     judged = [
         line | {"model": "tfidf", "accuracy": 0.88, "difference": 0.0, "p_value": 1.0},
         line
@@ -691,6 +691,7 @@ def test_what_pretraining_is_worth_stands_in_the_readme(tmp_path, monkeypatch):
     ]
     pd.DataFrame(trials).to_csv(tmp_path / "quick.csv", index=False)
     text = page.labels_block().replace("\N{NO-BREAK SPACE}", " ")
+    assert "On 2,495 test reviews, of which a model reads at most 512 tokens; minutes" in text
     assert "| 6,000 | TF-IDF | 88.0 % (87.1 to 90.0) |  |  |" in text
     assert "| from scratch | 82.0 % (87.1 to 90.0) | -6.0 points (-7.5 to -4.5, p < 0.001) | 8 |" in text
     assert "`quick`: 3 of each start, 1,500 labels, at most 160 tokens, judged on 5,000 validation reviews." in text

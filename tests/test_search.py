@@ -101,7 +101,7 @@ def test_labels_without_a_search_say_what_is_missing(workspace):
 def test_labels_are_compared_with_tfidf_on_the_same_test_reviews(searched):
     run, _ = searched
     table = search.compare_labels(run, [16, 32])
-    assert table["labels"].tolist() == [16] * 3 + [32] * 3
+    assert table["labels"].tolist() == [16] * 3 + [32] * 3 and set(table["max_tokens"]) == {32}
     assert table["model"].tolist() == ["tfidf", *search.STARTS] * 2
     for count, part in table.groupby("labels"):
         right = {}
