@@ -243,7 +243,8 @@ def labels_block() -> str:
     about = f"On {tests:,} test reviews, of which a model reads at most {tokens} tokens; minutes are those of one "
     about += "fine-tuning on one core."
     lines = [*markdown_table(header, rows), "", about, ""]
-    lines += ["![Test accuracy over the number of labelled reviews.](reports/settings/labels.png)", ""]
+    if labels["labels"].nunique() > 1:
+        lines += ["![Test accuracy over the number of labelled reviews.](reports/settings/labels.png)", ""]
     for path in sorted(SETTINGS.glob("*.csv")):
         if path.stem != "labels":
             trials = pd.read_csv(path)

@@ -184,7 +184,8 @@ def labels_figure(table: pd.DataFrame) -> Figure:
     figure, (ax,) = axes(width=7)
     for model, part in table.sort_values("labels").groupby("model", sort=False):
         shade = {"pretrained": color("dense"), "from_scratch": color("control")}.get(model, color("sparse"))
-        ax.plot(part["labels"], part["accuracy"], marker="o", color=shade, label=model.replace("_", " "))
+        label = "TF-IDF" if model == "tfidf" else model.replace("_", " ")
+        ax.plot(part["labels"], part["accuracy"], marker="o", color=shade, label=label)
         ax.vlines(part["labels"], part["accuracy_low"], part["accuracy_high"], color=shade, alpha=0.5)
     ax.set(xscale="log", xlabel="labelled reviews to train on", ylabel="test accuracy")
     ax.set_xticks(sorted(set(table["labels"])))

@@ -691,6 +691,7 @@ def test_what_pretraining_is_worth_stands_in_the_readme(tmp_path, monkeypatch):
     ]
     pd.DataFrame(trials).to_csv(tmp_path / "quick.csv", index=False)
     text = page.labels_block().replace("\N{NO-BREAK SPACE}", " ")
+    assert "labels.png" not in text, "there is one number of labels only"
     assert "On 2,495 test reviews, of which a model reads at most 512 tokens; minutes" in text
     assert "| 6,000 | TF-IDF | 88.0 % (87.1 to 90.0) |  |  |" in text
     assert "| from scratch | 82.0 % (87.1 to 90.0) | -6.0 points (-7.5 to -4.5, p < 0.001) | 8 |" in text
