@@ -36,6 +36,7 @@ from nbhelpers.report import (
 )
 from nbhelpers.report import chapter as chapter
 from nbhelpers.stages import STAGES, in_order
+from nbhelpers.style import label
 from nbhelpers.workspace import Run, WorkspaceError, open_run, write_text
 
 README = Path(__file__).parent.parent / "README.md"
@@ -215,13 +216,14 @@ def full_size_block() -> str:
 
 def best_trial_line(trials: pd.DataFrame, start: str) -> str:
     """The best settings of a start, in words, and how much the trials differ."""
-    rows = trials[trials["start"] == start].sort_values("accuracy", ascending=False)
-    best, others = rows.iloc[0], rows["accuracy"]
+    rows = trials[trials["start"] == start]
+    accuracy = rows["accuracy"]
+    best = rows.loc[accuracy.idxmax()]  # of equals the first, as ``search.best_settings`` takes it
     said = f"learning rate {best['learning_rate']:g}, {best['epochs']} epochs, dropout {best['dropout']:g}"
     said += f", layer decay {best['layer_decay']:g}, {best['prefix_share']:.0%} of the loss on the way"
     return (
         f"- {start.replace('_', ' ')}: {interval(best)} on validation with {said}; median of the trials "
-        f"{100 * others.median():.1f} %, worst {100 * others.min():.1f} %."
+        f"{100 * accuracy.median():.1f} %, worst {100 * accuracy.min():.1f} %."
     )
 
 
@@ -232,7 +234,7 @@ def labels_block() -> str:
     rows = [
         [
             f"{row['labels']:,}",
-            {"tfidf": "TF-IDF"}.get(row["model"], row["model"].replace("_", " ")),
+            label(row["model"]),
             interval(row),
             "" if row["model"] == "tfidf" else in_points(found_of(row), p_equals(row["p_value"])),
             "" if pd.isna(row["minutes"]) else f"{row['minutes']:.0f}",
@@ -245,16 +247,12 @@ def labels_block() -> str:
     lines = [*markdown_table(header, rows), "", about, ""]
     if labels["labels"].nunique() > 1:
         lines += ["![Test accuracy over the number of labelled reviews.](reports/settings/labels.png)", ""]
-    for path in sorted(SETTINGS.glob("*.csv")):
-        if path.stem != "labels":
-            trials = pd.read_csv(path)
-            one = trials.iloc[0]
-            lines += [
-                f"The trials of `{path.stem}`: {trials['trial'].nunique()} of each start, {one['labels']:,} labels, "
-                f"at most {one['max_tokens']} tokens, judged on {one['n']:,} validation reviews.",
-                "",
-                *(best_trial_line(trials, start) for start in trials["start"].unique()),
-            ]
+    for path in sorted({*SETTINGS.glob("*.csv")} - {SETTINGS / "labels.csv"}):
+        trials = pd.read_csv(path)
+        one = trials.iloc[0]
+        about = f"The trials of `{path.stem}`: {trials['trial'].nunique()} of each start, {one['labels']:,} labels, "
+        about += f"at most {one['max_tokens']} tokens, judged on {one['n']:,} validation reviews."
+        lines += [about, "", *(best_trial_line(trials, start) for start in trials["start"].unique())]
     return "\n".join(lines)
 
 

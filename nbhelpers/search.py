@@ -38,7 +38,7 @@ from nbhelpers.experiments import (
 from nbhelpers.grid import CLEAR_ERRORS, add_run, children_deaf_to_ctrl_c, keep_quiet, open_checked, workers
 from nbhelpers.models import create_model, source_fingerprint
 from nbhelpers.profiles import Profile
-from nbhelpers.style import axes, color, in_percent, name_lines
+from nbhelpers.style import axes, color, in_percent, label, name_lines
 from nbhelpers.workspace import Run, WorkspaceError, open_run, root, write_text
 
 # What is drawn from; all else stays as the profile has it.
@@ -137,10 +137,10 @@ def best_settings(profile: Profile, start: str, trials: str = "") -> dict:
 
     Raises ``WorkspaceError`` before ``search``.
     """
-    path = tables() / f"{trials or profile.name}.csv"
+    name = trials or profile.name
+    path = tables() / f"{name}.csv"
     if not path.is_file():
-        command = f"python -m nbhelpers.search trials --profile {trials or profile.name}"
-        raise WorkspaceError(f"{path} is missing: {command} makes it")
+        raise WorkspaceError(f"{path} is missing: python -m nbhelpers.search trials --profile {name} makes it")
     table = pd.read_csv(path)
     rows = table[table["start"] == start]
     best = rows.loc[rows["accuracy"].idxmax(), list(SPACE)].to_dict()
@@ -184,8 +184,7 @@ def labels_figure(table: pd.DataFrame) -> Figure:
     figure, (ax,) = axes(width=7)
     for model, part in table.sort_values("labels").groupby("model", sort=False):
         shade = {"pretrained": color("dense"), "from_scratch": color("control")}.get(model, color("sparse"))
-        label = "TF-IDF" if model == "tfidf" else model.replace("_", " ")
-        ax.plot(part["labels"], part["accuracy"], marker="o", color=shade, label=label)
+        ax.plot(part["labels"], part["accuracy"], marker="o", color=shade, label=label(model))
         ax.vlines(part["labels"], part["accuracy_low"], part["accuracy_high"], color=shade, alpha=0.5)
     ax.set(xscale="log", xlabel="labelled reviews to train on", ylabel="test accuracy")
     ax.set_xticks(sorted(set(table["labels"])))
