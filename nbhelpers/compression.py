@@ -10,10 +10,12 @@ import torch
 
 from nbhelpers import criteria, masks
 from nbhelpers.checkpoints import checkpoints_of
+from nbhelpers.evaluation import evaluate_accuracy
 from nbhelpers.experiments import (
     TRAIN_FIELDS,
     best_scan,
     compressed_names,
+    dataset,
     model_bytes,
     on_device,
     pick,
@@ -62,17 +64,19 @@ def compress_student(run: Run, layers: int) -> pd.DataFrame:
     name, student, (alpha, temperature) = f"compressed_{layers}", f"student_distilled_{layers}", best_scan(run)
 
     def build(folder: Path):
-        model, accuracy = on_device(run, student), validator(run)
+        model = on_device(run, student)
         keeper = masks.MaskKeeper(model, taylor_masks(run, model, run.profile.main_sparsity))
         factorize_embedding(model, run.profile.embedding_rank)
         data, loss = teacher_data_and_loss(run, alpha, temperature)
-        options = {"mask_keeper": keeper, "validate": accuracy, "loss_function": loss}
+        options = {"mask_keeper": keeper, "validate": validator(run), "loss_function": loss}
         options |= {"checkpoints": checkpoints_of(folder), "description": name.replace("_", " ")}
         times = {"learning_rate": run.profile.compress_learning_rate, "epochs": run.profile.compress_epochs}
         recipe = dataclasses.replace(recipe_for(run.profile, "distill"), **times)
         history = train(model, data, recipe, seed=run.seed, **options)
         sparse = convert_to_sparse(model.cpu())
-        before = ("pruned, low-rank embedding", accuracy(sparse), weight_bytes(sparse))
+        # In float32, as a sparse model always is.
+        judged = evaluate_accuracy(sparse, dataset(run, "validation"), run.profile.eval_batch_size)
+        before = ("pruned, low-rank embedding", judged, weight_bytes(sparse))
         (folder / BEFORE).write_text(json.dumps(before), encoding="utf-8")
         save_sparse(quantize(sparse), folder)
         write_history(folder, history)

@@ -102,14 +102,15 @@ def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, sparsity: float, bloc
     dead = h.diagonal() == 0
     h[dead, dead] = 1
     w[:, dead] = 0
-    h += damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    h += damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
     # Row j of the upper factor of H^-1 holds what is needed of the inverse of H[j:, j:], for every j at once.
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     for start in range(0, w.shape[1], block):
         end = min(start + block, w.shape[1])
         saliency = w[:, start:end].square() / factor.diagonal()[start:end].square()
         lowest = saliency.flatten().argsort(stable=True)[: round(sparsity * saliency.numel())]
-        gone = torch.zeros(saliency.numel(), dtype=torch.bool).index_fill_(0, lowest, True).view_as(saliency)
+        gone = torch.zeros(saliency.numel(), dtype=torch.bool, device=w.device)
+        gone = gone.index_fill_(0, lowest, True).view_as(saliency)
         part, errors = w[:, start:end], torch.zeros_like(saliency)
         for j in range(end - start):
             errors[:, j] = torch.where(gone[:, j], part[:, j], 0) / factor[start + j, start + j]
@@ -130,8 +131,8 @@ def global_ranks(scores: Tensors) -> Tensors:
     """
     order = torch.cat([score.flatten() for score in scores.values()]).argsort(stable=True)
     kind = torch.int32 if len(order) < 2**31 else torch.int64
-    places = torch.empty(len(order), dtype=kind)
-    places[order] = torch.arange(len(order), dtype=kind)
+    places = torch.empty_like(order, dtype=kind)
+    places[order] = torch.arange(len(order), dtype=kind, device=order.device)
     parts = places.split([score.numel() for score in scores.values()])
     return {name: part.view_as(scores[name]) for name, part in zip(scores, parts, strict=True)}
 

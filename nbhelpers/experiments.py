@@ -362,15 +362,21 @@ def latency_batch(run: Run, size: int) -> dict[str, torch.Tensor]:
     return {"input_ids": pad(chosen, load_tokenizer(run.profile).pad_token_id)}
 
 
+def scan_trials(profile: Profile) -> list[tuple[float, float]]:
+    """Alphas and temperatures that the scan tries, each with each."""
+    return [(alpha, t) for alpha in profile.alphas for t in profile.temperatures]
+
+
+def scan_student(run: Run, alpha: float, temperature: float) -> dict:
+    """One short student of the scan: its alpha, temperature and validation accuracy."""
+    name, layers = f"scan_{alpha:g}_{temperature:g}".replace(".", "p"), run.profile.student_layers[0]
+    curve = distil_student(run, name, layers, alpha, temperature, steps=run.profile.scan_steps)
+    return {"alpha": alpha, "temperature": temperature, "accuracy": curve["accuracy"].max()}
+
+
 def scan_distillation(run: Run) -> pd.DataFrame:
     """Short students over temperature and alpha: a row each with validation accuracy. Choose the best for the rest."""
-    layers, rows = run.profile.student_layers[0], []
-    for alpha in run.profile.alphas:
-        for t in run.profile.temperatures:
-            name = f"scan_{alpha:g}_{t:g}".replace(".", "p")
-            curve = distil_student(run, name, layers, alpha, t, steps=run.profile.scan_steps)
-            rows.append({"alpha": alpha, "temperature": t, "accuracy": curve["accuracy"].max()})
-    return pd.DataFrame(rows)
+    return pd.DataFrame([scan_student(run, *trial) for trial in scan_trials(run.profile)])
 
 
 def student_variants(profile: Profile) -> list[tuple[str, int]]:
@@ -397,14 +403,15 @@ def best_scan(run: Run) -> tuple[float, float]:
     return tuple(float(value) for value in scan.loc[scan["accuracy"].idxmax(), ["alpha", "temperature"]])
 
 
+def distil_variant(run: Run, variant: str, layers: int) -> dict:
+    """One of ``student_variants`` at the scan's best temperature and alpha: what it is, and its validation accuracy."""
+    alpha, temperature = best_scan(run)
+    alpha, from_teacher = 1.0 if variant == "labels_only" else alpha, variant != "distilled_random"
+    curve = distil_student(run, f"{variant}_{layers}", layers, alpha, temperature, from_teacher)
+    row = {"model": f"student_{variant}_{layers}", "layers": layers, "alpha": alpha, "from_teacher": from_teacher}
+    return row | {"temperature": temperature, "accuracy": curve["accuracy"].max()}
+
+
 def distil_all(run: Run) -> pd.DataFrame:
-    """Every student of a profile at the scan's best temperature and alpha. Returns a row a student."""
-    (best, temperature), rows = best_scan(run), []
-    for variant, layers in student_variants(run.profile):
-        alpha = 1.0 if variant == "labels_only" else best
-        from_teacher = variant != "distilled_random"
-        name = f"{variant}_{layers}"
-        curve = distil_student(run, name, layers, alpha, temperature, from_teacher)
-        rows.append({"model": f"student_{name}", "layers": layers, "alpha": alpha, "from_teacher": from_teacher})
-        rows[-1] |= {"temperature": temperature, "accuracy": curve["accuracy"].max()}
-    return pd.DataFrame(rows)
+    """Every student of a profile at the scan's best temperature and alpha: a row a student."""
+    return pd.DataFrame([distil_variant(run, *variant) for variant in student_variants(run.profile)])

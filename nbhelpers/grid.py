@@ -4,9 +4,9 @@
     python -m nbhelpers.grid --profile P --seed N --list        a command a cell, for a cluster's queue
     python -m nbhelpers.grid --profile P --seed N --cell NAME   one of them
 
-A cell is a seed's fine-tuning, its scores, the pruning, recovery or test answers of one score, or the students. Cells
-of a later phase need those of the earlier ones; within a phase the order does not matter, and no two cells of a phase
-make the same artefact. ``./run_all.sh --jobs N`` computes the cells of the notebooks that it is about to run.
+A cell is a seed's fine-tuning, its scores, the pruning, recovery or test answers of one score, or a student. Cells of
+a later phase need those of the earlier ones; within a phase the order does not matter, and no two cells of a phase make
+the same artefact. ``./run_all.sh --jobs N`` computes the cells of the notebooks that it is about to run.
 """
 
 import argparse
@@ -32,7 +32,18 @@ from nbhelpers import processes
 from nbhelpers.comparison import LINES, open_test_part, recovered_names
 from nbhelpers.compression import compress_all, compress_student
 from nbhelpers.data import DataError
-from nbhelpers.experiments import distil_all, finetune_model, reviews_of, runs_of, student_names, train_logits
+from nbhelpers.experiments import (
+    distil_all,
+    distil_variant,
+    finetune_model,
+    reviews_of,
+    runs_of,
+    scan_student,
+    scan_trials,
+    student_names,
+    student_variants,
+    train_logits,
+)
 from nbhelpers.models import ModelError, check_model
 from nbhelpers.processes import ProcessError
 from nbhelpers.profiles import ProfileError, get_profile, overrides_of
@@ -56,8 +67,8 @@ from nbhelpers.training import mixed_precision
 from nbhelpers.workspace import Run, WorkspaceError, cores, open_run
 
 # The notebook that would compute a cell otherwise, by the first word of the cell's name.
-NOTEBOOK = {"finetune": "01", "score": "02", "distill": "05", "structured": "04", "open": "06", "judge": "06"}
-NOTEBOOK |= {"compress": "05"}
+NOTEBOOK = {"finetune": "01", "score": "02", "structured": "04", "open": "06", "judge": "06"}
+NOTEBOOK |= dict.fromkeys(("scan", "student", "compress"), "05")
 NOTEBOOK |= dict.fromkeys(("control", "prune", "recover", "otherwise"), "03")
 
 
@@ -158,13 +169,15 @@ STAGES = {
 def phases(run: Run, notebooks: Collection[str] = tuple(NOTEBOOK.values())) -> list[dict[str, Callable[[], object]]]:
     """The cells of a run by name, phase by phase; only those that these notebooks would compute otherwise."""
     seeds, ways, shares = runs_of(run), ("gradual", "taught"), run.profile.structured_sparsities
+    variants = student_variants(run.profile)
     every = [
         {f"finetune-{one.seed}": lambda one=one: finetune_model(one) for one in seeds},
         {f"score-{one.seed}": lambda one=one: score_cell(one) for one in seeds},
-        {f"distill-{run.seed}": lambda: distil_all(run)}
+        {f"scan-{run.seed}-{a:g}-{t:g}": lambda a=a, t=t: scan_student(run, a, t) for a, t in scan_trials(run.profile)}
         | {f"control-{one.seed}": lambda one=one: train_control(one) for one in seeds}
         | {f"prune-{one.seed}-{p}": lambda one=one, p=p: pruned_logits(one, p) for one in seeds for p in PRUNERS},
-        {f"recover-{one.seed}-{c}": lambda one=one, c=c: recover_cell(run, one, c) for one in seeds for c in SCORES},
+        {f"student-{run.seed}-{v}-{n}": lambda v=v, n=n: distil_variant(run, v, n) for v, n in variants}
+        | {f"recover-{one.seed}-{c}": lambda one=one, c=c: recover_cell(run, one, c) for one in seeds for c in SCORES},
         {f"otherwise-{one.seed}-{w}": lambda one=one, w=w: otherwise_cell(run, one, w) for one in seeds for w in ways}
         | {f"compress-{run.seed}-{n}": lambda n=n: compress_student(run, n) for n in run.profile.student_layers}
         | {f"structured-{run.seed}-{share:g}": lambda share=share: structured_cell(run, share) for share in shares}

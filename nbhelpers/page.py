@@ -109,9 +109,16 @@ def made_with(run: Run, results: dict) -> str:
     made += f", {results['run']['versions']['device']}"
     if "effort" not in results:
         return made
-    minutes, cores = results["effort"]["process_minutes"], results["effort"]["cores"]
-    took = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
-    return f"{made}; {took} of one process's computing, on {cores} cores"
+    effort = results["effort"]
+    if len(effort["device_minutes"]) == 1:
+        return f"{made}; {in_time(effort['process_minutes'])} of one process's computing, on {effort['cores']} cores"
+    shares = sorted(effort["device_minutes"].items(), key=lambda item: -item[1])
+    parts = [f"{in_time(minutes)} on {device}" for device, minutes in shares]
+    return f"{made}, on which all times were measured; of one process's computing {' and '.join(parts)}"
+
+
+def in_time(minutes: float) -> str:
+    return f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
 
 
 def pictured(run: Run, name: str) -> list[str]:
@@ -243,7 +250,7 @@ def labels_block() -> str:
     ]
     tests, tokens = labels["n"].iloc[0], labels["max_tokens"].iloc[0]
     about = f"On {tests:,} test reviews, of which a model reads at most {tokens} tokens; minutes are those of one "
-    about += "fine-tuning on one core."
+    about += f"fine-tuning beside others, on {' or '.join(labels['device'].dropna().unique())}."
     lines = [*markdown_table(header, rows), "", about, ""]
     if labels["labels"].nunique() > 1:
         lines += ["![Test accuracy over the number of labelled reviews.](reports/settings/labels.png)", ""]

@@ -31,7 +31,7 @@ from nbhelpers.experiments import (
     validation_accuracy,
     validator,
 )
-from nbhelpers.models import has_structures, load_config, prunable_weights, stored_in_out, structures
+from nbhelpers.models import has_structures, load_config, load_dense, prunable_weights, stored_in_out, structures
 from nbhelpers.profiles import Profile
 from nbhelpers.progress import track
 from nbhelpers.sparse import convert_to_sparse, save_sparse
@@ -46,8 +46,8 @@ SCORES = (*MAIN, *criteria.COMPARATORS)
 # What removes weights: by a score, or as SparseGPT does it, which also changes the weights that stay.
 PRUNERS = (*SCORES, "sparsegpt")
 SPARSEGPT_REVIEWS = 128
-ROW = ("seed", "criterion", "sparsity", "accuracy", "revived")  # what is said of a recovered model
 RATES = "rates.json"  # beside the model of the best learning rate
+ZEROS = "zeros.json"  # beside a recovered model: what was counted in its weights
 
 
 # --- 02: statistics and scores ---
@@ -248,6 +248,13 @@ def copy_best(run: Run, what: str, folder: Path) -> None:
             shutil.copy(path, folder)
 
 
+def count_zeros(model, chosen: dict[str, torch.Tensor]) -> dict:
+    """The sparsity of a model, and how many of the weights that masks drop are not zero in it."""
+    zeros = {name: weight != 0 for name, weight in prunable_weights(model).items()}
+    keeper = masks.MaskKeeper(model, chosen, apply=False)
+    return {"sparsity": masks.sparsity_of(zeros), "revived": keeper.revived()}
+
+
 def recover_model(run: Run, criterion: str, sparsity: float, chosen: dict | None = None, stage: str = "recovered"):
     """Artefact ``<stage>_<criterion>_<percent>``: pruned, then trained on with its masks held.
 
@@ -263,16 +270,14 @@ def recover_model(run: Run, criterion: str, sparsity: float, chosen: dict | None
             copy_best(run, criterion, folder)
         else:
             save_trained(*recover_in_place(run, criterion, sparsity, rate, chosen, folder), folder)
+        (folder / ZEROS).write_text(json.dumps(count_zeros(load_dense(folder), chosen)), encoding="utf-8")
 
     bits = b"".join(np.packbits(mask.numpy()).tobytes() for mask in chosen.values())
     settings = pick(run.profile, *RECOVERY_FIELDS, masks=hashlib.sha256(bits).hexdigest(), rate=rate, seed=run.seed)
     inputs = (f"rates_{criterion}",) if scanned else ("fine_tuned", f"scores_{criterion}")
     run.cached(name, settings, build, inputs, kind="dense", made_by=maker_of(name))
-    model = run.load_model(name)
-    zeros = {n: w != 0 for n, w in prunable_weights(model).items()}
-    revived = masks.MaskKeeper(model, chosen, apply=False).revived()
-    values = (run.seed, criterion, masks.sparsity_of(zeros), validation_accuracy(run, name), revived)
-    return dict(zip(ROW, values, strict=True))
+    counted = json.loads((run.folder(name) / ZEROS).read_text(encoding="utf-8"))
+    return {"seed": run.seed, "criterion": criterion, "accuracy": validation_accuracy(run, name), **counted}
 
 
 def train_control(run: Run) -> float:

@@ -39,7 +39,7 @@ from nbhelpers.grid import CLEAR_ERRORS, add_run, children_deaf_to_ctrl_c, keep_
 from nbhelpers.models import create_model, source_fingerprint
 from nbhelpers.profiles import Profile
 from nbhelpers.style import axes, color, in_percent, label, name_lines
-from nbhelpers.workspace import Run, WorkspaceError, open_run, root, write_text
+from nbhelpers.workspace import Run, WorkspaceError, computed_on, open_run, root, write_text
 
 # What is drawn from; all else stays as the profile has it.
 SPACE = {
@@ -152,8 +152,8 @@ def compare_labels(run: Run, counts: list[int], jobs: int = 1, trials: str = "")
 
     trials: of which profile the settings are taken, by default of the run's own.
     Columns: labels (in the training part), max_tokens, model, accuracy (mean over seeds; its interval is Wilson's for
-    one seed, else the lowest and the highest seed), seeds, minutes (of one fine-tuning), difference to TF-IDF in
-    accuracy with its 95 % interval and p_value (``evaluation.paired_difference``), n (test reviews).
+    one seed, else the lowest and the highest seed), seeds, minutes and device (of one fine-tuning), difference to
+    TF-IDF in accuracy with its 95 % interval and p_value (``evaluation.paired_difference``), n (test reviews).
     """
     studies = []
     for count in counts:
@@ -170,7 +170,8 @@ def compare_labels(run: Run, counts: list[int], jobs: int = 1, trials: str = "")
         found = paired_difference(right, lines.setdefault(count, right))
         labels, tokens = len(reviews_of(study.profile, run.seed)["train"]), run.profile.max_tokens
         rows.append({"labels": labels, "max_tokens": tokens, "model": model, **over_seeds(right)})
-        rows[-1] |= {"minutes": minutes(study, model) if model in STARTS else None}
+        made = study.artifact(model) if model in STARTS else {}
+        rows[-1] |= {"minutes": made["seconds"] / 60 if made else None, "device": computed_on(made) if made else None}
         rows[-1] |= {"difference": found["difference"], "difference_low": found["low"]}
         rows[-1] |= {"difference_high": found["high"], "p_value": found["p_value"], "n": found["n"]}
     table = pd.DataFrame(rows)

@@ -75,6 +75,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "device": device}
 
 
+def computed_on(record: dict) -> str:
+    """The device that an artefact was made on, and its torch; threads do not count, they differ with ``--jobs``."""
+    device = re.sub(r", \d+ threads$", "", record["versions"]["device"])
+    return f"{device} (torch {record['versions']['torch']})"
+
+
 @functools.cache
 def processor() -> str:
     """The processor's name as its maker gives it, or else its architecture."""
@@ -114,13 +120,23 @@ def without_docstrings(tree: ast.Module) -> ast.Module:
     return tree
 
 
+def outline(node):
+    """A syntax tree as lists that JSON can write, the same in every Python: a later one's new fields are empty here."""
+    if isinstance(node, ast.AST):
+        return [type(node).__name__, {f: outline(v) for f, v in ast.iter_fields(node) if v is not None and v != []}]
+    return [outline(item) for item in node] if isinstance(node, list) else repr(node)
+
+
 @functools.cache
 def code_fingerprint(*modules: str) -> str:
-    """A hash of modules and packages of nbhelpers as they are on disk, without comments, docstrings and layout."""
+    """A hash of modules and packages of nbhelpers as they are on disk, without comments, docstrings and layout.
+
+    The same on every machine and in every Python, so that what one has computed another finds.
+    """
     package = Path(__file__).parent
     files = [file for name in modules for file in (package / f"{name}.py", *(package / name).glob("*.py"))]
     trees = {
-        file.relative_to(package).as_posix(): ast.dump(without_docstrings(ast.parse(file.read_text(encoding="utf-8"))))
+        file.relative_to(package).as_posix(): outline(without_docstrings(ast.parse(file.read_text(encoding="utf-8"))))
         for file in sorted(files)
         if file.exists()
     }
@@ -381,10 +397,12 @@ class Run:
         self.write_results(results)
 
     def record_effort(self) -> None:
-        """Put on record what the artefacts of all seeds took to build: minutes of processes, and on how many cores."""
-        runs = [Run(self.profile, self.seed + i) for i in range(self.profile.seeds)]
-        seconds = sum(record["seconds"] for run in runs for record in run.records())
-        self.record("effort", process_minutes=seconds / 60, cores=cores())
+        """Put on record what the artefacts of all seeds took to build: minutes of processes, in all and by device."""
+        runs, minutes = [Run(self.profile, self.seed + i) for i in range(self.profile.seeds)], {}
+        for record in (record for run in runs for record in run.records()):
+            where = computed_on(record)
+            minutes[where] = minutes.get(where, 0.0) + record["seconds"] / 60
+        self.record("effort", process_minutes=sum(minutes.values()), cores=cores(), device_minutes=minutes)
 
     def skip(self, reason: str, *names: str) -> None:
         """Say and put on record why promised figures, tables or metrics ("section.metric") do not apply to this run."""

@@ -45,9 +45,10 @@ def call(*arguments, root, **options):
 def test_cells_and_phases_of_smoke():
     first, second, third, fourth, fifth, sixth = (list(phase) for phase in grid.phases(open_small()))
     assert first == ["finetune-0", "finetune-1"] and second == ["score-0", "score-1"]
-    assert third[:3] == ["distill-0", "control-0", "control-1"]
+    assert third[:3] == ["scan-0-0.5-2", "control-0", "control-1"]
     assert third[3:] == [f"prune-{seed}-{p}" for seed in (0, 1) for p in (*pruning.SCORES, "sparsegpt")]
-    assert fourth == [f"recover-{seed}-{c}" for seed in (0, 1) for c in pruning.SCORES]
+    students = [f"student-0-{variant}-1" for variant in ("distilled", "labels_only", "distilled_random")]
+    assert fourth == students + [f"recover-{seed}-{c}" for seed in (0, 1) for c in pruning.SCORES]
     ways = [f"otherwise-{seed}-{way}" for seed in (0, 1) for way in ("gradual", "taught")]
     assert fifth == [*ways, "compress-0-1", "structured-0-0.5", "open-test"]
     assert sixth[:2] == ["judge-0-dense", "judge-1-dense"]

@@ -74,12 +74,16 @@ def test_the_record_says_what_made_an_artefact_and_its_sums_are_right(run):
 
 def test_the_effort_is_that_of_the_artefacts_of_all_seeds(workspace):
     run = open_run(get_profile("smoke", seeds=2), 3)
-    for seed, seconds in ((3, 90.0), (4, 45.0), (5, 1000.0)):
+    for seed, seconds, device in ((3, 90.0, "A card"), (4, 45.0, "A chip, 2 threads"), (5, 1000.0, "A card")):
         folder = open_run(run.profile, seed).cached("scores_magnitude", {}, build_counted([]))
         record = json.loads((folder / "artifact.json").read_text())
-        (folder / "artifact.json").write_text(json.dumps(record | {"seconds": seconds}))
+        made = {"seconds": seconds, "versions": {"device": device, "torch": "2.13.0"}}
+        (folder / "artifact.json").write_text(json.dumps(record | made))
     run.record_effort()
-    assert run.results()["effort"] == {"process_minutes": 2.25, "cores": workspace_module.cores()}
+    effort = {"process_minutes": 2.25, "cores": workspace_module.cores()}
+    assert run.results()["effort"] == effort | {
+        "device_minutes": {"A card (torch 2.13.0)": 1.5, "A chip (torch 2.13.0)": 0.75}
+    }
 
 
 def test_other_settings_or_other_inputs_rebuild(run):
