@@ -294,6 +294,7 @@ PROFILES = {
         comparator_sparsities=(0.8, 0.9),
         recovery_steps=60,
         recovery_learning_rates=(2e-4, 5e-4),
+        distill_epochs=2,
         temperatures=(1.0, 2.0, 4.0),
         alphas=(0.1, 0.5, 0.9),
         scan_steps=60,
