@@ -110,9 +110,9 @@ def made_with(run: Run, results: dict) -> str:
     if "effort" not in results:
         return made
     effort = results["effort"]
-    if len(effort["device_minutes"]) == 1:
+    shares = sorted(effort.get("device_minutes", {}).items(), key=lambda item: -item[1])
+    if len(shares) < 2:
         return f"{made}; {in_time(effort['process_minutes'])} of one process's computing, on {effort['cores']} cores"
-    shares = sorted(effort["device_minutes"].items(), key=lambda item: -item[1])
     parts = [f"{in_time(minutes)} on {device}" for device, minutes in shares]
     return f"{made}, on which all times were measured; of one process's computing {' and '.join(parts)}"
 
@@ -244,7 +244,7 @@ def labels_block() -> str:
             label(row["model"]),
             interval(row),
             "" if row["model"] == "tfidf" else in_points(found_of(row), p_equals(row["p_value"])),
-            "" if pd.isna(row["minutes"]) else f"{row['minutes']:.0f}",
+            "" if pd.isna(row["minutes"]) else f"{row['minutes']:.{0 if row['minutes'] >= 10 else 1}f}",
         ]
         for row in labels.to_dict("records")
     ]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from scipy.stats import loguniform
 from sklearn.metrics import log_loss
 from sklearn.model_selection import ParameterSampler
@@ -189,7 +189,7 @@ def labels_figure(table: pd.DataFrame) -> Figure:
         ax.vlines(part["labels"], part["accuracy_low"], part["accuracy_high"], color=shade, alpha=0.5)
     ax.set(xscale="log", xlabel="labelled reviews to train on", ylabel="test accuracy")
     ax.set_xticks(sorted(set(table["labels"])))
-    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     in_percent(ax.yaxis)
     name_lines(ax)

@@ -714,7 +714,7 @@ def test_what_pretraining_is_worth_stands_in_the_readme(tmp_path, monkeypatch):
     assert "On 2,495 test reviews, of which a model reads at most 512 tokens; minutes" in text
     assert "are those of one fine-tuning beside others, on a card." in text
     assert "| 6,000 | TF-IDF | 88.0 % (87.1 to 90.0) |  |  |" in text
-    assert "| from scratch | 82.0 % (87.1 to 90.0) | -6.0 points (-7.5 to -4.5, p < 0.001) | 8 |" in text
+    assert "| from scratch | 82.0 % (87.1 to 90.0) | -6.0 points (-7.5 to -4.5, p < 0.001) | 8.2 |" in text
     assert "`quick`: 3 of each start, 1,500 labels, at most 160 tokens, judged on 5,000 validation reviews." in text
     assert "- pretrained: 85.0 % (70.0 to 90.0) on validation with learning rate 0.00015, 2 epochs" in text
     assert "median of the trials 80.0 %, worst 70.0 %." in text
