@@ -46,6 +46,7 @@ SCORES = (*MAIN, *criteria.COMPARATORS)
 # What removes weights: by a score, or as SparseGPT does it, which also changes the weights that stay.
 PRUNERS = (*SCORES, "sparsegpt")
 SPARSEGPT_REVIEWS = 128
+ROW = ("seed", "criterion", "sparsity", "accuracy", "revived")  # what is said of a recovered model
 RATES = "rates.json"  # beside the model of the best learning rate
 ZEROS = "zeros.json"  # beside a recovered model: what was counted in its weights
 
@@ -277,7 +278,8 @@ def recover_model(run: Run, criterion: str, sparsity: float, chosen: dict | None
     inputs = (f"rates_{criterion}",) if scanned else ("fine_tuned", f"scores_{criterion}")
     run.cached(name, settings, build, inputs, kind="dense", made_by=maker_of(name))
     counted = json.loads((run.folder(name) / ZEROS).read_text(encoding="utf-8"))
-    return {"seed": run.seed, "criterion": criterion, "accuracy": validation_accuracy(run, name), **counted}
+    values = (run.seed, criterion, counted["sparsity"], validation_accuracy(run, name), counted["revived"])
+    return dict(zip(ROW, values, strict=True))
 
 
 def train_control(run: Run) -> float:
