@@ -403,9 +403,8 @@ def best_scan(run: Run) -> tuple[float, float]:
     return tuple(float(value) for value in scan.loc[scan["accuracy"].idxmax(), ["alpha", "temperature"]])
 
 
-def distil_variant(run: Run, variant: str, layers: int) -> dict:
-    """One of ``student_variants`` at the scan's best temperature and alpha: what it is, and its validation accuracy."""
-    alpha, temperature = best_scan(run)
+def distil_variant(run: Run, variant: str, layers: int, alpha: float, temperature: float) -> dict:
+    """One of ``student_variants`` at an alpha and a temperature: what it is, and its validation accuracy."""
     alpha, from_teacher = 1.0 if variant == "labels_only" else alpha, variant != "distilled_random"
     curve = distil_student(run, f"{variant}_{layers}", layers, alpha, temperature, from_teacher)
     row = {"model": f"student_{variant}_{layers}", "layers": layers, "alpha": alpha, "from_teacher": from_teacher}
@@ -414,4 +413,5 @@ def distil_variant(run: Run, variant: str, layers: int) -> dict:
 
 def distil_all(run: Run) -> pd.DataFrame:
     """Every student of a profile at the scan's best temperature and alpha: a row a student."""
-    return pd.DataFrame([distil_variant(run, *variant) for variant in student_variants(run.profile)])
+    best = best_scan(run)
+    return pd.DataFrame([distil_variant(run, *variant, *best) for variant in student_variants(run.profile)])

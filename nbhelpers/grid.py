@@ -33,6 +33,7 @@ from nbhelpers.comparison import LINES, open_test_part, recovered_names
 from nbhelpers.compression import compress_all, compress_student
 from nbhelpers.data import DataError
 from nbhelpers.experiments import (
+    best_scan,
     distil_all,
     distil_variant,
     finetune_model,
@@ -101,6 +102,11 @@ def otherwise_cell(run: Run, one: Run, way: str) -> None:
     """The recovery of the best criterion in another way, with its answers on validation."""
     name = recover_otherwise(one, way, best_criterion(run), run.profile.main_sparsity)
     answers_right(one, name, "validation")
+
+
+def student_cell(run: Run, variant: str, layers: int) -> None:
+    """A student at the best temperature and alpha of the scan."""
+    distil_variant(run, variant, layers, *best_scan(run))
 
 
 def structured_cell(run: Run, sparsity: float) -> None:
@@ -176,7 +182,7 @@ def phases(run: Run, notebooks: Collection[str] = tuple(NOTEBOOK.values())) -> l
         {f"scan-{run.seed}-{a:g}-{t:g}": lambda a=a, t=t: scan_student(run, a, t) for a, t in scan_trials(run.profile)}
         | {f"control-{one.seed}": lambda one=one: train_control(one) for one in seeds}
         | {f"prune-{one.seed}-{p}": lambda one=one, p=p: pruned_logits(one, p) for one in seeds for p in PRUNERS},
-        {f"student-{run.seed}-{v}-{n}": lambda v=v, n=n: distil_variant(run, v, n) for v, n in variants}
+        {f"student-{run.seed}-{v}-{n}": lambda v=v, n=n: student_cell(run, v, n) for v, n in variants}
         | {f"recover-{one.seed}-{c}": lambda one=one, c=c: recover_cell(run, one, c) for one in seeds for c in SCORES},
         {f"otherwise-{one.seed}-{w}": lambda one=one, w=w: otherwise_cell(run, one, w) for one in seeds for w in ways}
         | {f"compress-{run.seed}-{n}": lambda n=n: compress_student(run, n) for n in run.profile.student_layers}

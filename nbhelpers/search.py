@@ -170,8 +170,9 @@ def compare_labels(run: Run, counts: list[int], jobs: int = 1, trials: str = "")
         found = paired_difference(right, lines.setdefault(count, right))
         labels, tokens = len(reviews_of(study.profile, run.seed)["train"]), run.profile.max_tokens
         rows.append({"labels": labels, "max_tokens": tokens, "model": model, **over_seeds(right)})
-        made = study.artifact(model) if model in STARTS else {}
-        rows[-1] |= {"minutes": made["seconds"] / 60 if made else None, "device": computed_on(made) if made else None}
+        trained = model in STARTS
+        rows[-1] |= {"minutes": minutes(study, model) if trained else None}
+        rows[-1] |= {"device": computed_on(study.artifact(model)) if trained else None}
         rows[-1] |= {"difference": found["difference"], "difference_low": found["low"]}
         rows[-1] |= {"difference_high": found["high"], "p_value": found["p_value"], "n": found["n"]}
     table = pd.DataFrame(rows)
