@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Value
 
 from nbhelpers.profiles import Profile, local_path, shown
-from nbhelpers.progress import track
+from nbhelpers.system.progress import track
 
 datasets.disable_progress_bars()
 csv.field_size_limit(2**31 - 1)  # a review may be longer than the module's 128 KiB

@@ -2,13 +2,41 @@
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 
-from nbhelpers.data import IMDbDataset
-from nbhelpers.models import predict_logits
-from nbhelpers.progress import track
+from nbhelpers.data import IMDbDataset, evaluation_batches
+from nbhelpers.system.progress import progress, track
+from nbhelpers.training import distributed
+from nbhelpers.training.precision import faster_in_bfloat16
+
+
+@torch.inference_mode()
+def predict_logits(model: nn.Module, rows: list[list[int]], batch_size: int = 32, precision: str = "no") -> np.ndarray:
+    """Logits [n, classes] of token id lists, float32, in the order given; computed in "bf16", or in float32 ("no").
+
+    Computed from short to long, so that hardly any padding is; no mask is passed, since padding stands on the right
+    and attention looks to the left. Of several processes each computes its share of the batches, and all get all.
+    """
+    if not rows:
+        raise ValueError("there are no reviews to predict")
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    model.eval()
+    logits = torch.zeros(len(rows), model.config.num_labels)
+    low = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    # Counted in tokens: the reviews come from short to long.
+    with low, faster_in_bfloat16(model, precision), progress(sum(map(len, rows)), "judging reviews") as bar:
+        for number, (indices, ids) in enumerate(evaluation_batches(rows, batch_size, model.config.pad_token_id)):
+            if number % distributed.world_size() == distributed.rank():
+                logits[indices] = model(input_ids=ids.to(device)).logits.float().cpu()
+            bar.update(sum(len(rows[i]) for i in indices))
+    logits = distributed.all_reduce(logits).numpy()
+    if not np.isfinite(logits).all():
+        raise FloatingPointError("the model's logits are not finite")
+    return logits
+
 
 RESAMPLES = 2000
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from nbhelpers.progress import track
+from nbhelpers.system.progress import track
 
 QUARTILES = (50, 25, 75)
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
@@ -28,12 +27,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
-from nbhelpers import processes
-from nbhelpers.bfloat16 import faster_in_bfloat16
-from nbhelpers.data import evaluation_batches, reason_of
+from nbhelpers.data import reason_of
 from nbhelpers.profiles import Profile, local_path, shown
-from nbhelpers.progress import progress
-from nbhelpers.workspace import sha256
+from nbhelpers.system.files import sha256
 
 # That a fresh classification head is not in a language model's checkpoint is known here, and said in notebook 01.
 transformers_logging.set_verbosity_error()
@@ -339,28 +335,3 @@ def load_dense(folder: Path) -> PreTrainedModel:
 def save_dense(model: PreTrainedModel, folder: Path) -> None:
     """Write config and weights (safetensors) as ``from_pretrained`` reads them."""
     model.save_pretrained(folder)
-
-
-@torch.inference_mode()
-def predict_logits(model: nn.Module, rows: list[list[int]], batch_size: int = 32, precision: str = "no") -> np.ndarray:
-    """Logits [n, classes] of token id lists, float32, in the order given; computed in "bf16", or in float32 ("no").
-
-    Computed from short to long, so that hardly any padding is; no mask is passed, since padding stands on the right
-    and attention looks to the left. Of several processes each computes its share of the batches, and all get all.
-    """
-    if not rows:
-        raise ValueError("there are no reviews to predict")
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    model.eval()
-    logits = torch.zeros(len(rows), model.config.num_labels)
-    low = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    # Counted in tokens: the reviews come from short to long.
-    with low, faster_in_bfloat16(model, precision), progress(sum(map(len, rows)), "judging reviews") as bar:
-        for number, (indices, ids) in enumerate(evaluation_batches(rows, batch_size, model.config.pad_token_id)):
-            if number % processes.count() == processes.index():
-                logits[indices] = model(input_ids=ids.to(device)).logits.float().cpu()
-            bar.update(sum(len(rows[i]) for i in indices))
-    logits = processes.total(logits).numpy()
-    if not np.isfinite(logits).all():
-        raise FloatingPointError("the model's logits are not finite")
-    return logits

@@ -7,47 +7,34 @@
 Both lie in the project's folder, or in the one that the environment variable NBHELPERS_ROOT names.
 """
 
-import ast
-import contextlib
 import datetime
-import errno
-import functools
-import hashlib
-import importlib
 import json
 import math
 import os
-import platform
 import re
 import shutil
-import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from nbhelpers import processes
+from nbhelpers.data import clean_text, tokenize
+from nbhelpers.evaluation import predict_logits
+from nbhelpers.models import load_dense, load_tokenizer
 from nbhelpers.profiles import Profile
+from nbhelpers.sparse.storage import load_sparse
+from nbhelpers.system.code import code_fingerprint
+from nbhelpers.system.files import fingerprint, replace_folder, scratch_folder, sha256, write_text
+from nbhelpers.system.machine import computed_on, cores, revision, versions
+from nbhelpers.training import distributed, mixed_precision
+from nbhelpers.training.checkpoints import Checkpoints
 
-# Which function gives the model in an artefact of each kind back. Names, so that nothing below is imported here.
-LOADERS = {
-    "dense": ("nbhelpers.models", "load_dense"),
-    "sparse": ("nbhelpers.sparse.storage", "load_sparse"),
-}
-
-
-# The code that artefacts come out of: when it changes, they are built anew.
-COMPUTING = ("data", "models", "bfloat16", "training", "checkpoints", "processes", "statistics", "criteria", "masks")
-BUILT_HERE: set[Path] = set()
-# What is being built: the folder written into -> where its trainings keep checkpoints, and the key of the artefact.
-BUILDING: dict[Path, tuple[Path, str]] = {}
+MODELS = ("dense", "sparse")  # the kinds of artefacts that are models; any other is "data"
 # Names of metrics that hang on how fast a machine is at a moment: the nearest rival is chosen by its speed.
 TIMED = re.compile(r"minutes|seconds|speedup|latency|limits|_rival$")
 # Kinds of files of a figure, and how each is saved; without a date, so that the same figure is the same file.
@@ -64,156 +51,25 @@ def root() -> Path:
     return Path(os.environ.get("NBHELPERS_ROOT") or Path(__file__).parent.parent).resolve()
 
 
-def versions() -> dict[str, str]:
-    """The library versions and the device that stand beside every metric."""
-    names = ("torch", "transformers", "datasets", "accelerate", "numpy")
-    found = {name: importlib.import_module(name).__version__ for name in names}
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"{processor()} with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    return {"python": platform.python_version(), **found, "device": device}
+@dataclass(frozen=True)
+class Build:
+    """What a function that builds an artefact is given: the ``folder`` to fill, and checkpoints for its trainings."""
+
+    folder: Path
+    checkpoint_folder: Path
+    key: str
+
+    def checkpoints(self, training: str = "training") -> Checkpoints:
+        """Return the checkpoints of one of its trainings; all of them are removed when the artefact is complete."""
+        return Checkpoints(self.checkpoint_folder / training, self.key)
 
 
-def computed_on(record: dict) -> str:
-    """The device that an artefact was made on, and its torch; threads do not count, they differ with ``--jobs``."""
-    device = re.sub(r", \d+ threads$", "", record["versions"]["device"])
-    return f"{device} (torch {record['versions']['torch']})"
-
-
-@functools.cache
-def processor() -> str:
-    """The processor's name as its maker gives it, or else its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")  # on Linux, where ``platform`` knows no name
-    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
-    name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    return name[1].strip() if name else platform.processor() or platform.machine()
-
-
-def revision() -> str:
-    """The git revision of the project's code, or "unknown" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fingerprint(value) -> str:
-    """A short hash of anything that JSON can write."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()[:16]
-
-
-def without_docstrings(tree: ast.Module) -> ast.Module:
-    """The tree of a source file in which only what is executed is left."""
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            value = body[0].value
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                node.body = body[1:]
-    return tree
-
-
-def outline(node):
-    """A syntax tree as lists that JSON can write, the same in every Python: a later one's new fields are empty here."""
-    if isinstance(node, ast.AST):
-        return [type(node).__name__, {f: outline(v) for f, v in ast.iter_fields(node) if v is not None and v != []}]
-    return [outline(item) for item in node] if isinstance(node, list) else repr(node)
-
-
-@functools.cache
-def code_fingerprint(*modules: str) -> str:
-    """A hash of modules and packages of nbhelpers as they are on disk, without comments, docstrings and layout.
-
-    The same on every machine and in every Python, so that what one has computed another finds.
-    """
-    package = Path(__file__).parent
-    files = [file for name in modules for file in (package / f"{name}.py", *(package / name).glob("*.py"))]
-    trees = {
-        file.relative_to(package).as_posix(): outline(without_docstrings(ast.parse(file.read_text(encoding="utf-8"))))
-        for file in sorted(files)
-        if file.exists()
-    }
-    return fingerprint(trees)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def beside(folder: Path, kind: str) -> Path:
-    """Where this process, of all that may write into one workspace from several machines, keeps part of a folder."""
-    return folder.with_name(f"{folder.name}.{platform.node()}-{os.getpid()}.{kind}")
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process of this machine is there and not a zombie."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.Error as error:
-        return not isinstance(error, psutil.NoSuchProcess)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what processes of this machine left beside a folder that they were writing when they were killed."""
-    for path in folder.parent.glob(f"{folder.name}.*-*.*"):
-        machine, _, pid = path.stem.removeprefix(f"{folder.name}.").rpartition("-")
-        if machine == platform.node() and (int(pid) == os.getpid() or not is_running(int(pid))):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def put_in_place(partial: Path, folder: Path, old: Path) -> None:
-    """Rename ``partial`` to ``folder``; what was there goes to ``old``."""
-    while True:
-        shutil.rmtree(old, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):
-            folder.rename(old)
-        try:
-            partial.rename(folder)
-            return
-        except OSError as error:
-            # Another process has put its own there meanwhile.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-
-
-@contextlib.contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
-    """Give a fresh folder to write into, which takes the place of ``folder`` only when the block ends without error.
-
-    Of several processes that write the same folder at once, each writes a whole one; the last to end stays.
-    """
-    remove_leftovers(folder)
-    partial, old = beside(folder, "partial"), beside(folder, "old")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        put_in_place(partial, folder, old)
-    finally:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def throw_away() -> Iterator[Path]:
-    """Give a fresh folder to write into that is gone when the block ends."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
+def forced_since() -> float:
+    """Return the time, in seconds since the epoch, before which an artefact counts as missing (``--force``), or 0."""
+    text = os.environ.get("NBHELPERS_FORCE")
+    if text and not re.fullmatch(r"\d{10,}(\.\d+)?", text):
+        raise WorkspaceError(f"NBHELPERS_FORCE must be seconds since the epoch (got {text!r})")
+    return float(text or 0)
 
 
 @dataclass(frozen=True)
@@ -242,31 +98,27 @@ class Run:
         self,
         name: str,
         settings: dict,
-        build: Callable[[Path], None],
+        build: Callable[[Build], None],
         inputs: tuple[str, ...] = (),
         kind: str = "data",
         made_by: str = "",
     ) -> Path:
-        """The folder of an artefact, built by ``build(folder)`` only where it is missing or was made otherwise.
+        """Return the folder of an artefact, built by ``build`` only where it is missing or was made otherwise.
 
         settings: what the artefact depends on; inputs: names of artefacts it is made from; kind: "dense" or "sparse"
         for a model, "data" for anything else; made_by: the notebook that makes it, named when it is missed elsewhere.
-        Several processes build it together; what the main one has written stays.
+        It also depends on the code of the module that defines ``build`` and of all that this imports. Several
+        processes build it together; what the main one has written stays.
         """
         folder = self.artifacts / name
         made_from = {i: self.artifact(i)["fingerprint"] for i in inputs}
-        code = code_fingerprint(*COMPUTING, *(["sparse"] if kind == "sparse" else []))
-        key = fingerprint({"settings": settings, "inputs": made_from, "code": code})
-        # Forced, each process builds an artefact anew once.
-        forced = bool(os.environ.get("NBHELPERS_FORCE")) and folder not in BUILT_HERE
-        if processes.agree(not forced and self.read_artifact(name).get("key") == key):
+        key = fingerprint({"settings": settings, "inputs": made_from, "code": code_fingerprint(module_of(build))})
+        if distributed.broadcast(self.is_current(name, key)):
             return folder
-        started, checkpoints = time.time(), folder.with_name(f"{name}.checkpoint")
+        started, checkpoint_folder = time.time(), folder.with_name(f"{name}.checkpoint")
         # What the other processes write is the same, and goes.
-        with replace_folder(folder) if processes.is_main() else throw_away() as partial:
-            BUILDING[partial] = checkpoints, key
-            build(partial)
-            del BUILDING[partial]
+        with replace_folder(folder) if distributed.is_main_process() else scratch_folder() as partial:
+            build(Build(partial, checkpoint_folder, key))
             files = {p.relative_to(partial).as_posix(): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
             record = {
                 "name": name,
@@ -284,11 +136,17 @@ class Run:
                 "files": files,
             }
             write_text(partial / "artifact.json", json.dumps(record, indent=2, default=list) + "\n")
-        BUILT_HERE.add(folder)
-        processes.wait()
-        if processes.is_main():
-            shutil.rmtree(checkpoints, ignore_errors=True)
+        distributed.barrier()
+        if distributed.is_main_process():
+            shutil.rmtree(checkpoint_folder, ignore_errors=True)
         return folder
+
+    def is_current(self, name: str, key: str) -> bool:
+        """Return whether an artefact is there, was made with this key, and is not to be built again by force."""
+        record = self.read_artifact(name)
+        if record.get("key") != key:
+            return False
+        return datetime.datetime.fromisoformat(record["created"]).timestamp() >= forced_since()
 
     def read_artifact(self, name: str) -> dict:
         """What ``artifact.json`` says of an artefact; empty where it is missing; ``WorkspaceError`` if damaged.
@@ -342,7 +200,7 @@ class Run:
 
     def models(self) -> list[str]:
         """Names of the models that this run has made, oldest first."""
-        return [r["name"] for r in sorted(self.records(), key=lambda r: r["created"]) if r["kind"] in LOADERS]
+        return [r["name"] for r in sorted(self.records(), key=lambda r: r["created"]) if r["kind"] in MODELS]
 
     def load_model(self, name: str) -> torch.nn.Module:
         """A model of this run in eval mode, sparse where it is sparse.
@@ -350,23 +208,27 @@ class Run:
         Raises ``WorkspaceError`` when it is missing, damaged, or not a model.
         """
         kind = self.artifact(name)["kind"]
-        if kind not in LOADERS:
+        if kind not in MODELS:
             raise WorkspaceError(f"{name} is not a model: this run has {', '.join(self.models()) or 'none yet'}")
-        module, function = LOADERS[kind]
-        return getattr(importlib.import_module(module), function)(self.folder(name)).eval()
+        return (load_sparse if kind == "sparse" else load_dense)(self.folder(name)).eval()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts, with the run's own cleaning, tokenising and truncation."""
-        from nbhelpers.data import clean_text, tokenize
-        from nbhelpers.models import load_tokenizer
-
+        """Return token ids of texts, with the run's own cleaning, tokenising and truncation."""
         return tokenize([clean_text(text) for text in texts], load_tokenizer(self.profile), self.profile)
 
-    def predict(self, name: str, texts: list[str]) -> np.ndarray:
-        """P(positive) [n] of texts, with the run's own cleaning, tokenising and truncation."""
-        from nbhelpers.models import predict_logits
+    def inference_options(self, sparse: bool = False) -> dict:
+        """Return how ``predict_logits`` evaluates a model of this run everywhere: batch size and precision.
 
-        logits = predict_logits(self.load_model(name), self.encode(texts), self.profile.eval_batch_size)
+        A dense model in the precision of training: in bfloat16, where the machine is faster at it, it takes half the
+        time, and logits differ by about 0.01. The sparse engines compute in float32.
+        """
+        precision = "no" if sparse else distributed.broadcast(mixed_precision(self.profile.precision))
+        return {"batch_size": self.profile.eval_batch_size, "precision": precision}
+
+    def predict(self, name: str, texts: list[str]) -> np.ndarray:
+        """Return P(positive) [n] of texts, with the run's own cleaning, tokenising, truncation and precision."""
+        options = self.inference_options(sparse=self.artifact(name)["kind"] == "sparse")
+        logits = predict_logits(self.load_model(name), self.encode(texts), **options)
         return torch.as_tensor(logits).softmax(-1)[:, 1].numpy()
 
     # --- reports ---
@@ -447,6 +309,11 @@ class Run:
             partial.replace(path)
 
 
+def module_of(build: Callable) -> str:
+    """Return the name of the module that defines a function, also where it was given some of its arguments."""
+    return getattr(build, "func", build).__module__
+
+
 def plain_value(value):
     """A number of numpy's or torch's as Python's, anything else as a list, for JSON."""
     return value.item() if hasattr(value, "item") else list(value)
@@ -486,24 +353,19 @@ def rebuild(run: Run, name: str) -> str:
     return f"run notebook {maker_of(name)} again (./run_all.sh {options} --only {maker_of(name)} --force)"
 
 
+MAKERS = {"scores": "02", "calibration": "02", "sparse": "04", "structured": "04", "compact": "04"}
+MAKERS |= dict.fromkeys(("rates", "pruned", "recovered", "gradual", "taught", "fine_tuned_extra"), "03")
+MAKERS |= dict.fromkeys(("choice_rate", "choice_comparator", "choice_score"), "03")
+MAKERS |= dict.fromkeys(("student", "compressed", "choice_distillation"), "05")
+
+
 def maker_of(name: str) -> str:
-    """The number of the notebook that makes an artefact, from the artefact's name."""
-    makers = {
-        "scores": "02",
-        "calibration": "02",
-        "masks": "03",
-        "recovered": "03",
-        "rates": "03",
-        "pruned": "03",
-        "fine_tuned_extra": "03",
-    }
-    makers |= {"sparse": "04", "structured": "04", "compact": "04", "gradual": "03", "taught": "03"}
-    makers |= {"student": "05", "compressed": "05"}
-    return next((number for prefix, number in makers.items() if name.startswith(prefix)), "01")
+    """Return the number of the notebook that makes an artefact, from the artefact's name."""
+    return next((number for prefix, number in MAKERS.items() if name.startswith(prefix)), "01")
 
 
 def open_run(profile: Profile, seed: int = 0) -> Run:
     """The run of a profile and a seed; nothing is written until something is saved in it."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
-        raise WorkspaceError(f"seed is {seed!r}: it takes a whole number of at least 0 and below {2**31:,}")
+        raise WorkspaceError(f"seed must be a whole number from 0 to {2**31 - 1:,} (got {seed!r})")
     return Run(profile, seed)

@@ -95,25 +95,25 @@ STUDY |= {"recovery_learning_rates": (1e-4, 1e-2), "recovery_sparsities": (0.5, 
 @pytest.fixture(scope="session")
 def finished_study(tmp_path_factory):
     """Everything that the notebooks compute on the smallest profile with two seeds, once for all tests."""
-    from nbhelpers import comparison, compression, experiments, pruning
     from nbhelpers.profiles import get_profile
+    from nbhelpers.study import comparison, conversion, fine_tuning, inputs, pruning, students
     from nbhelpers.workspace import open_run
 
     root = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch, fresh_accelerate():
         patch.setenv("NBHELPERS_ROOT", str(root))
         run = open_run(get_profile("smoke", **STUDY), 0)
-        for one in experiments.runs_of(run):
-            experiments.finetune_model(one)
-        recovered, students = pruning.recover_all(run), experiments.distil_all(run)
-        steps = compression.compress_all(run)
+        for one in inputs.runs_of(run):
+            fine_tuning.finetune_model(one)
+        recovered, students = pruning.recover_all(run), students.distil_all(run)
+        steps = students.compress_all(run)
         best = pruning.best_criterion(run)
-        pruning.sparsify(run, best, 0.9)
-        pruning.compact_model(run, 0.5)
+        conversion.sparsify(run, best, 0.9)
+        conversion.compact_model(run, 0.5)
         run.save_table("curves", pd.concat([pruning.pruned_curves(run), pruning.recovered_curves(run)]))
         comparison.open_test_part(run)
         run.save_table("comparison", comparison.comparison_table(run, ["fine_tuned", "compressed_1"]))
-        models = [one.models() for one in experiments.runs_of(run)]
+        models = [one.models() for one in inputs.runs_of(run)]
     made = {"recovered": recovered, "students": students, "steps": steps}
     return SimpleNamespace(root=root, run=run, best=best, models=models, **made)
 
@@ -142,7 +142,7 @@ def corpus():
 @pytest.fixture(scope="session")
 def tokenizer(corpus, tmp_path_factory):
     """A byte-level BPE of 320 tokens, trained on the corpus."""
-    from nbhelpers.pretrain import train_tokenizer
+    from nbhelpers.tools.pretrain import train_tokenizer
 
     return train_tokenizer(corpus, 320, tmp_path_factory.mktemp("tokenizer"))
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from nbhelpers import attribution
-from nbhelpers.attribution import leave_one_out, marked, verdicts, word_groups
+from nbhelpers.report import panels
+from nbhelpers.report.panels import review
+from nbhelpers.report.panels.review import leave_one_out, marked, verdicts, word_groups
 
 WORTH = {"good": 2.0, "bad": -3.0, "fine": 0.5}
 
@@ -52,7 +53,7 @@ def test_the_models_of_a_run_are_asked_as_the_run_would(study):
     said = verdicts(study.run, models, text)
     for name in models:
         assert f"P(positive) {study.run.predict(name, [text])[0]:.2f}" in said
-    margin = attribution.margins(study.run, models["fine_tuned"])([text, "x"])
+    margin = review.margins(study.run, models["fine_tuned"])([text, "x"])
     assert expit(margin) == pytest.approx(study.run.predict("fine_tuned", [text, "x"]), abs=1e-6)
     assert "All agree" in said or "They disagree" in said
 
@@ -67,7 +68,7 @@ def test_models_that_disagree_are_named(study, monkeypatch):
 def test_a_batch_run_shows_the_answer_without_a_box(study, monkeypatch):
     shown = []
     monkeypatch.setattr(attribution, "display", lambda *things, **how: shown.append((things, how)))
-    attribution.review_box(study.run, "fine_tuned", text="A <script> of a film.")
+    panels.review_box(study.run, "fine_tuned", text="A <script> of a film.")
     ((page,), how) = shown[0]
     assert "A &lt;script&gt; of a film." in page.data and "<script>" not in page.data and how == {}
 
@@ -77,7 +78,7 @@ def test_the_box_asks_when_its_button_is_pressed(study, monkeypatch):
     made = {}
     monkeypatch.setattr(attribution.widgets, "VBox", lambda parts: made.update(parts=parts) or parts[0])
     monkeypatch.setattr(attribution, "display", lambda bundle, raw: made.update(bundle=bundle))
-    attribution.review_box(study.run, "fine_tuned")
+    panels.review_box(study.run, "fine_tuned")
     box, button, output = made["parts"]
     before = output.value
     assert made["bundle"]["text/html"] == before

@@ -26,11 +26,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from nbhelpers import data, experiments, grid, models, pipeline
+from nbhelpers import data, models
 from nbhelpers.data import DataError, load_reviews
 from nbhelpers.models import MINI, check_model, create_model
+from nbhelpers.pipeline import __main__, grid
 from nbhelpers.profiles import TYPES, ProfileError, get_profile, parse_overrides
-from nbhelpers.stages import Stage
+from nbhelpers.report.chapters import Stage
+from nbhelpers.study import inputs
 from nbhelpers.workspace import open_run
 
 PROJECT = Path(__file__).parent.parent
@@ -71,7 +73,7 @@ def refused(workspace, notebooks, tmp_path_factory, monkeypatch, capfd):
         folders = [workspace, *([given] if given else [])]
         before = [everything_in(folder) for folder in folders]
         words = [word for setting in settings for word in ("--set", setting)]
-        code = pipeline.main(["--profile", "smoke", *words], notebooks, STAGES)
+        code = __main__.main(["--profile", "smoke", *words], notebooks, STAGES)
         err = capfd.readouterr().err
         assert code == 2 and err.startswith("error: ") and err.endswith("\n")
         assert len(err.splitlines()) == 1 and len(err) < 1000
@@ -444,7 +446,7 @@ def test_a_workspace_that_cannot_be_written_is_found_before_anything_is(tmp_path
     monkeypatch.setenv("NBHELPERS_ROOT", str(root))
     monkeypatch.setattr(pipeline, "run_stage", lambda *_: pytest.fail("a notebook was about to run"))
     before = everything_in(tmp_path)
-    assert pipeline.main(["--profile", "smoke"], notebooks, STAGES) == 2
+    assert __main__.main(["--profile", "smoke"], notebooks, STAGES) == 2
     err = capfd.readouterr().err
     assert f"error: {root / where} is not a folder" in err and "set NBHELPERS_ROOT to another folder" in err
     assert len(err.splitlines()) == 1 and everything_in(tmp_path) == before
@@ -498,7 +500,7 @@ def test_odd_reviews_are_cleaned_cut_and_learned_from(workspace, tmp_path_factor
     assert capsys.readouterr().out.startswith("finetune-0 ")
     run = open_run(get_profile("smoke", **settings))
     assert run.models() == ["pretrained", "fine_tuned"]
-    reviews, encoded = experiments.reviews_of(run.profile, 0)["train"], experiments.dataset(run, "train")
+    reviews, encoded = inputs.reviews_of(run.profile, 0)["train"], inputs.dataset(run, "train")
     rows = {text: (label, ids) for text, label, ids in zip(*reviews[:].values(), encoded.input_ids, strict=True)}
     assert rows["nul bytes"][0] == 1 and rows["He said \"no\", and left & 'rightly'"][0] == 0
     assert "None" in rows and "NA" in rows and "" not in rows

@@ -11,11 +11,10 @@ from scipy.stats import norm
 from transformers import GPT2Model, LlamaConfig, LlamaForSequenceClassification
 from transformers.activations import ACT2FN
 
-from nbhelpers import bfloat16
-from nbhelpers.bfloat16 import NAME, BitDropout, attend, attention_as_products, exact_gelu, faster_in_bfloat16
 from nbhelpers.data import IMDbDataset
-from nbhelpers.models import predict_logits
+from nbhelpers.evaluation import predict_logits
 from nbhelpers.training import Recipe, train
+from nbhelpers.training.precision import NAME, BitDropout, attend, attention_as_products, exact_gelu, faster_in_bfloat16
 
 
 def heads(batch=2, count=3, tokens=7, features=4):

@@ -10,14 +10,15 @@ from conftest import tiny_model
 from safetensors.torch import load_file
 from test_training import toy_data
 
-from nbhelpers import experiments
-from nbhelpers.checkpoints import Checkpoints
 from nbhelpers.evaluation import evaluate_accuracy
-from nbhelpers.masks import FlaggedSets, GradualKeeper, MaskKeeper, select
+from nbhelpers.masks import GradualKeeper, MaskKeeper
 from nbhelpers.models import prunable_weights
 from nbhelpers.profiles import get_profile
-from nbhelpers.statistics import FirstOrderMovement, GradientMagnitude
+from nbhelpers.selection import select
+from nbhelpers.study import fine_tuning
 from nbhelpers.training import Recipe, train
+from nbhelpers.training.checkpoints import Checkpoints
+from nbhelpers.training.observers import FirstOrderMovement, FlaggedSets, GradientMagnitude
 from nbhelpers.workspace import open_run
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -193,10 +194,10 @@ def test_an_artefact_goes_on_where_its_training_stopped_and_leaves_no_checkpoint
             with monkeypatch.context() as patch, pytest.raises(PowerCut):
                 # Six steps, of which the last is not saved before it has been judged.
                 patch.setattr(experiments, "validator", lambda run: cut_the_power)
-                experiments.finetune_model(run)
+                fine_tuning.finetune_model(run)
             checkpoint = run.artifacts / "fine_tuned.checkpoint" / "training"
             assert [path.name for path in checkpoint.iterdir()] == ["step-00000005"]
-        experiments.finetune_model(run)
+        fine_tuning.finetune_model(run)
         found.append(weights_of(run))
     assert "going on at step 5" in capsys.readouterr().out
     assert sorted(path.name for path in run.artifacts.iterdir()) == ["fine_tuned", "pretrained"]

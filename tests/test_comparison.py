@@ -8,12 +8,13 @@ import re
 import numpy as np
 import pytest
 
-from nbhelpers import comparison, experiments, pruning
 from nbhelpers.evaluation import holm, mcnemar, sign_flip_test
-from nbhelpers.forgetting import as_language_model, bits_per_byte, other_domain_texts
-from nbhelpers.masks import select
 from nbhelpers.models import load_tokenizer, prunable_weights
 from nbhelpers.profiles import get_profile
+from nbhelpers.report import words
+from nbhelpers.selection import select
+from nbhelpers.study import artefacts, comparison, forgetting, inputs, predictions, pruning, scoring
+from nbhelpers.study.forgetting import as_language_model, bits_per_byte, other_domain_texts
 from nbhelpers.workspace import Run, WorkspaceError, open_run
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -25,8 +26,8 @@ LINES = ("fine_tuned", "fine_tuned_extra")
 @functools.cache
 def right(run: Run, name: str, split: str = "test", seeds: int = 2) -> np.ndarray:
     """Which reviews a model of the first seeds gets right, from its predictions on the texts: [seeds, n]."""
-    reviews = experiments.reviews_of(run.profile, run.seed)[split]
-    answers = [one.predict(name, reviews["text"][:]) > 0.5 for one in experiments.runs_of(run)[:seeds]]
+    reviews = inputs.reviews_of(run.profile, run.seed)[split]
+    answers = [one.predict(name, reviews["text"][:]) > 0.5 for one in inputs.runs_of(run)[:seeds]]
     return np.stack(answers) == np.array(reviews["label"], bool)
 
 
@@ -141,7 +142,7 @@ def test_a_score_that_was_recovered_where_the_merge_was_not_is_no_rival(study):
 
 
 def test_what_was_unlearned_has_a_row_a_model_domain_and_seed(study):
-    table = comparison.unlearned(study.run, count=2)
+    table = forgetting.unlearned(study.run, count=2)
     assert list(table) == ["model", "domain", "seed", "bits_per_byte"]
     scores = (*MAIN, pruning.best_comparator(study.run))
     pruned = [f"{stage}_{score}_90" for score in scores for stage in ("pruned", "recovered")]
@@ -151,10 +152,10 @@ def test_what_was_unlearned_has_a_row_a_model_domain_and_seed(study):
     assert np.isfinite(table["bits_per_byte"]).all() and (table["bits_per_byte"] > 0).all()
     bits = table.set_index(["model", "domain", "seed"])["bits_per_byte"]
     second, tokenizer = open_run(study.run.profile, 1), load_tokenizer(study.run.profile)
-    reviews = experiments.reviews_of(study.run.profile, 0)["validation"]["text"][:]
+    reviews = inputs.reviews_of(study.run.profile, 0)["validation"]["text"][:]
     texts = {"reviews": [reviews[0], reviews[8]], "other": other_domain_texts(2)}
     model = second.load_model("fine_tuned")
-    masks = select(pruning.scores_of(second, "gradient"), 0.9)
+    masks = select(scoring.scores_of(second, "gradient"), 0.9)
     for name, weight in prunable_weights(model).items():
         weight.data *= masks[name]
     for domain, part in texts.items():
@@ -216,7 +217,7 @@ def test_the_finding_is_chosen_on_validation_and_measured_on_the_test_reviews(st
     row = run.load_table("comparison").set_index("model").loc["compressed_1"]
     assert found["compressed"]["difference"] == pytest.approx(small.mean() - dense.mean())
     assert found["compressed"]["p_value"] == pytest.approx(mcnemar(small[0], dense[0]))
-    sizes = [experiments.model_bytes(run, name) for name in ("fine_tuned", "compressed_1")]
+    sizes = [artefacts.model_bytes(run, name) for name in ("fine_tuned", "compressed_1")]
     assert found["compressed"]["times_smaller"] == pytest.approx(sizes[0] / sizes[1])
     assert {k: found["compressed"][k] for k in ("layers", "speedup")} == {"layers": 1, "speedup": row["speedup"]}
     assert found["recovery"]["after"] == pytest.approx(share(best, 90))
@@ -236,7 +237,7 @@ def test_the_finding_sets_every_higher_sparsity_against_the_control(study, answe
 
 
 def test_answers_on_the_test_reviews_choose_nothing(study, monkeypatch):
-    logits = experiments.split_logits
+    logits = predictions.split_logits
 
     def turned(run, name, split):
         return (-1 if split == "test" else 1) * logits(run, name, split)
@@ -272,7 +273,7 @@ def numbers(row: dict) -> str:
 def test_the_text_of_the_finding_says_its_numbers(study):
     study.run.record("finding", **comparison.find(study.run))
     found = study.run.results()["finding"]
-    text = comparison.finding_text(found)
+    text = words.finding_text(found)
     assert "24 test reviews, 2 seeds" in text
     for row in (*found["leaders"], *(found[test] for test in TESTS)):
         assert numbers(row) in text
@@ -305,8 +306,8 @@ def difference(points: float, p_adjusted: float) -> dict:
     ],
 )
 def test_a_difference_in_words(row, words, verdict):
-    assert comparison.points(row) == words
-    assert comparison.verdict(row) == verdict
+    assert words.points(row) == words
+    assert words.verdict(row) == verdict
 
 
 def test_a_finding_in_words_worked_out_by_hand():
@@ -330,7 +331,7 @@ def test_a_finding_in_words_worked_out_by_hand():
         "recovery": {"before": 0.612, "after": 0.843},
         "dense": {"accuracy": 0.88},
     }
-    text = comparison.finding_text(found)
+    text = words.finding_text(found)
     for words in (
         "same 2,500 test reviews, one seed",
         "merged at 50% (87.1%; +1.0 points (+0.0 to +2.0, p = 0.02) to magnitude), movement first order at 90% (87.1%;",

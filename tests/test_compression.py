@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from nbhelpers import compression, experiments
 from nbhelpers.evaluation import evaluate_accuracy
 from nbhelpers.models import ModelError, check_model, prunable_weights
 from nbhelpers.profiles import get_profile
-from nbhelpers.pruning import calibration_rows
 from nbhelpers.sparse import FactorizedEmbedding, Int8Embedding, SparseLinear, count_actual_params
+from nbhelpers.study import inputs, students
+from nbhelpers.study.scoring import calibration_rows
 from nbhelpers.workspace import open_run
 
 
@@ -44,7 +44,7 @@ def test_the_steps_say_what_lies_on_disk_and_what_it_gets_right(study, small):
         steps["file_bytes"].is_monotonic_decreasing and steps["file_bytes"].iloc[0] > 10 * steps["file_bytes"].iloc[-1]
     )
     for step, model in ((0, "fine_tuned"), (1, "student_distilled_1"), (3, "compressed_1")):
-        found = evaluate_accuracy(run.load_model(model), experiments.dataset(run, "validation"))
+        found = evaluate_accuracy(run.load_model(model), inputs.dataset(run, "validation"))
         assert steps["accuracy"].iloc[step] == found
 
 
@@ -61,7 +61,7 @@ def test_the_zeros_are_those_of_the_lowest_weight_times_gradient(study):
             scores[name] += (weight * weight.grad).abs().detach().double()
     lowest = torch.cat([score.flatten() for score in scores.values()]).sort().values
     limit = lowest[round(0.5 * len(lowest)) - 1]
-    chosen = compression.taylor_masks(run, model, 0.5)
+    chosen = students.taylor_masks(run, model, 0.5)
     wrong = sum(int((mask != (scores[name] > limit)).sum()) for name, mask in chosen.items())
     assert wrong <= 2  # rounding, next to the limit
 
@@ -78,12 +78,12 @@ def test_the_smallest_that_loses_at_most_a_point_on_validation_is_the_best(monke
     monkeypatch.setattr(compression, "validation_accuracy", lambda run, name: {"fine_tuned": 0.9, **accuracy}[name])
     monkeypatch.setattr(compression, "model_bytes", lambda run, name: int(name.split("_")[1]))
     run = open_run(get_profile("quick", student_layers=(2, 1)))
-    assert compression.best_compressed(run) == best
+    assert students.best_compressed(run) == best
 
 
 def test_it_is_found_again(study, monkeypatch):
     monkeypatch.setattr(compression, "train", lambda *_, **__: pytest.fail("trained again"))
-    assert compression.compress_all(study.run).equals(study.steps)
+    assert students.compress_all(study.run).equals(study.steps)
 
 
 def test_a_rank_that_saves_nothing_is_refused_before_anything_runs():

@@ -14,11 +14,12 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from nbhelpers import comparison, compression, criteria, experiments, masks, pruning
+from nbhelpers import criteria, masks, selection
 from nbhelpers.models import MINI, check_model, create_student, load_dense, prunable_weights, save_dense
 from nbhelpers.profiles import get_profile
 from nbhelpers.sparse import convert_to_sparse, count_actual_params, load_sparse, save_sparse
-from nbhelpers.statistics import GradientMagnitude, calibrate
+from nbhelpers.study import comparison, conversion, fine_tuning, pruning, scoring, students
+from nbhelpers.training.observers import GradientMagnitude, calibrate
 from nbhelpers.workspace import open_run
 
 SHAPE = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0}
@@ -43,7 +44,7 @@ def model(request):
 
 def prune(model, sparsity=0.8):
     weights = {name: weight.detach() for name, weight in prunable_weights(model).items()}
-    return masks.apply_masks(model, masks.select(criteria.magnitude_based_pruning(weights, {}), sparsity))
+    return masks.apply_masks(model, selection.select(criteria.magnitude_based_pruning(weights, {}), sparsity))
 
 
 def test_the_seven_matrices_of_each_block_may_be_pruned(model):
@@ -129,15 +130,15 @@ def test_a_llama_goes_through_every_stage(llama_folder, workspace, alone):
     fields = {"seeds": 1, "sparsities": (0.9,), "recovery_learning_rates": (1e-3,), "precision": "no"}
     run = open_run(get_profile("smoke", model=str(llama_folder), **fields))
     check_model(run.profile)
-    experiments.finetune_model(run)
+    fine_tuning.finetune_model(run)
     recovered = pruning.recover_all(run)
-    assert recovered["revived"].sum() == 0 and len(recovered) == len(pruning.SCORES)
+    assert recovered["revived"].sum() == 0 and len(recovered) == len(scoring.SCORES)
     best = pruning.best_criterion(run)
     pruning.recover_otherwise(run, "gradual", best, 0.9)
-    pruning.sparsify(run, best, 0.9)
-    experiments.distil_all(run)
-    assert compression.compress_all(run)["file_bytes"].is_monotonic_decreasing
-    assert pruning.structured_sparsities(run) == (), "heads and neurons are taken out of a GPT-2 only"
+    conversion.sparsify(run, best, 0.9)
+    students.distil_all(run)
+    assert students.compress_all(run)["file_bytes"].is_monotonic_decreasing
+    assert conversion.structured_sparsities(run) == (), "heads and neurons are taken out of a GPT-2 only"
     comparison.open_test_part(run)
     table = comparison.comparison_table(run, comparison.compared_models(run)).set_index("model")
     sparse, masked = table.loc[f"sparse_{best}_90"], table.loc[f"recovered_{best}_90"]

@@ -11,7 +11,7 @@ from test_sparse import masked_gpt2, reviews
 from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from nbhelpers import criteria, masks
+from nbhelpers import criteria, masks, selection
 from nbhelpers.models import prunable_weights
 from nbhelpers.sparse import (
     FactorizedEmbedding,
@@ -24,7 +24,7 @@ from nbhelpers.sparse import (
     quantize,
     save_sparse,
 )
-from nbhelpers.sparse.layers import quantize_rows
+from nbhelpers.sparse.formats import quantize_rows
 
 
 def llama():
@@ -34,7 +34,7 @@ def llama():
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
     model = LlamaForSequenceClassification(LlamaConfig(**shape, initializer_range=0.4)).eval()
     weights = {name: weight.detach() for name, weight in prunable_weights(model).items()}
-    return masks.apply_masks(model, masks.select(criteria.magnitude_based_pruning(weights, {}), 0.8))
+    return masks.apply_masks(model, selection.select(criteria.magnitude_based_pruning(weights, {}), 0.8))
 
 
 EMBEDDING = re.compile(r"(table|wpe)\.weight$")

@@ -15,9 +15,10 @@ import torch
 from conftest import tiny_model
 from scipy import stats
 
-from nbhelpers import criteria, exercises, masks, models
+from nbhelpers import criteria, evaluation, exercises, masks, models, selection
+from nbhelpers.exercises import __main__, checking
 from nbhelpers.sparse import convert_to_sparse
-from nbhelpers.statistics import calibrate
+from nbhelpers.training.observers import calibrate
 
 CHECKS = {name: check for name, check in vars(exercises).items() if name.startswith("check_")}
 
@@ -116,7 +117,7 @@ def heads_only() -> Case:
     rows = [generator.integers(1, 20, size=12).tolist() for _ in range(200)]
 
     def says(cut):
-        return models.predict_logits(model, [cut(row) for row in rows]).argmax(1)
+        return evaluation.predict_logits(model, [cut(row) for row in rows]).argmax(1)
 
     heads, ends, both = says(lambda row: row[:4]), says(lambda row: row[-4:]), says(lambda row: row[:3] + row[-1:])
     # Labels that tell the three ways to cut apart.
@@ -171,26 +172,26 @@ def product() -> Case:
 
 
 def layer_masks() -> Case:
-    right = masks.select(SCORES, 0.9, scope="layer")
+    right = selection.select(SCORES, 0.9, scope="layer")
     inverted = {name: ~mask for name, mask in right.items()}
-    highest = masks.select({name: -score for name, score in SCORES.items()}, 0.9, scope="layer")
+    highest = selection.select({name: -score for name, score in SCORES.items()}, 0.9, scope="layer")
     unsorted = {name: mask.flip(0) for name, mask in right.items()}
-    wrong = [(masks.select(SCORES, 0.9), "one for all"), (inverted, "wrong way round"), (highest, "highest")]
-    wrong += [(unsorted, "not those"), (masks.select(SCORES, 0.5), "too few"), (right["layer.0"], "dict")]
+    wrong = [(selection.select(SCORES, 0.9), "one for all"), (inverted, "wrong way round"), (highest, "highest")]
+    wrong += [(unsorted, "not those"), (selection.select(SCORES, 0.5), "too few"), (right["layer.0"], "dict")]
     wrong += [({name: mask.float() * 2 for name, mask in right.items()}, "True")]
     return Case((SCORES, 0.9), [right, {name: mask.int() for name, mask in right.items()}], wrong)
 
 
 def one_mask() -> Case:
     weights = torch.randn(5, 5, generator=torch.Generator().manual_seed(3))
-    right = masks.select({"w": weights.abs()}, 0.6)["w"]
-    rows = torch.stack([masks.select({"w": row.abs()[None]}, 0.6)["w"][0] for row in weights])
+    right = selection.select({"w": weights.abs()}, 0.6)["w"]
+    rows = torch.stack([selection.select({"w": row.abs()[None]}, 0.6)["w"][0] for row in weights])
     wrong = [
         (~right, "wrong way round"),
-        (masks.select({"w": -weights.abs()}, 0.6)["w"], "largest"),
-        (masks.select({"w": weights}, 0.6)["w"], "signs"),
+        (selection.select({"w": -weights.abs()}, 0.6)["w"], "largest"),
+        (selection.select({"w": weights}, 0.6)["w"], "signs"),
         (rows, "every row"),
-        (masks.select({"w": weights.abs()}, 0.8)["w"], "too many"),
+        (selection.select({"w": weights.abs()}, 0.8)["w"], "too many"),
         (weights * right, "weights themselves"),
         (right[:4], "shape"),
     ]
@@ -214,7 +215,7 @@ def against_control() -> Case:
 
 
 def merges_overlap() -> Case:
-    a, b = (masks.select(criteria.merge_scores(THREE, how), 0.6) for how in ("all", "mean_rank"))
+    a, b = (selection.select(criteria.merge_scores(THREE, how), 0.6) for how in ("all", "mean_rank"))
     a, b = (torch.cat([~mask.flatten() for mask in part.values()]) for part in (a, b))
     both, either, neither = int((a & b).sum()), int((a | b).sum()), int((~a & ~b).sum())
     wrong = [
@@ -314,7 +315,7 @@ def bitmap_bytes() -> Case:
 def masked_model() -> torch.nn.Module:
     model = tiny_model()
     score = {name: weight.detach().abs() for name, weight in models.prunable_weights(model).items()}
-    return masks.apply_masks(model, masks.select(score, 0.6))
+    return masks.apply_masks(model, selection.select(score, 0.6))
 
 
 def backend() -> Case:
@@ -334,7 +335,7 @@ def head_masks() -> Case:
     wrong = [
         (masks.select_structures(score, neurons, 1 / 3), "neurons alone"),
         (masks.select_structures(score, structures, 1 / 3), "both among"),
-        (masks.select(score, 1 / 3), "single weights"),
+        (selection.select(score, 1 / 3), "single weights"),
         ({name: ~mask for name, mask in right.items()}, "wrong way round"),
         (masks.select_structures(score, heads, 0), "other heads"),
         (masks.select_structures(score, neurons, 0.5), "MLP"),
@@ -628,8 +629,8 @@ def test_it_raises_nothing_on_an_answer_of_another_kind(asked):
 
 
 def test_numbers_need_three_digits():
-    assert exercises.near(0.667, 2 / 3) and exercises.near(18_800, 18_837) and exercises.near(0, 0)
-    assert not exercises.near(0.67, 2 / 3) and not exercises.near(18_700, 18_837) and not exercises.near(0.9, 0.896)
+    assert checking.near(0.667, 2 / 3) and checking.near(18_800, 18_837) and checking.near(0, 0)
+    assert not checking.near(0.67, 2 / 3) and not checking.near(18_700, 18_837) and not checking.near(0.9, 0.896)
 
 
 def test_checks_leave_random_numbers_alone():
@@ -667,7 +668,7 @@ def test_right_answers_are_counted_in_executed_notebooks(tmp_path, capsys):
     path = tmp_path / "ada.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     (tmp_path / "damaged.ipynb").write_text("{")
-    exercises.main([str(path), str(tmp_path / "damaged.ipynb"), str(tmp_path / "missing.ipynb")])
+    __main__.main([str(path), str(tmp_path / "damaged.ipynb"), str(tmp_path / "missing.ipynb")])
     first, second, third = capsys.readouterr().out.splitlines()
     assert first == f"{path}: 2 of 4 right (1, 3)"
     assert "damaged.ipynb: cannot be read" in second and "missing.ipynb: cannot be read" in third

@@ -10,14 +10,26 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from nbhelpers import comparison, experiments, pruning
 from nbhelpers.criteria import CRITERIA
 from nbhelpers.data import load_reviews, tokenize
 from nbhelpers.evaluation import evaluate_accuracy
-from nbhelpers.masks import select, unpack
+from nbhelpers.masks import unpack
 from nbhelpers.models import blocks, create_student, load_tokenizer, prunable_weights
 from nbhelpers.profiles import get_profile
+from nbhelpers.selection import select
 from nbhelpers.sparse import convert_to_sparse, save_sparse
+from nbhelpers.study import (
+    artefacts,
+    baseline,
+    comparison,
+    conversion,
+    fine_tuning,
+    inputs,
+    predictions,
+    pruning,
+    scoring,
+    students,
+)
 from nbhelpers.training import recipe_for, train
 from nbhelpers.workspace import Run, WorkspaceError, open_run
 
@@ -38,7 +50,7 @@ def new_run(**changes) -> Run:
 
 
 def test_a_study_leaves_the_models_that_it_promises(study):
-    recovered = [experiments.model_name("recovered", c, s) for c, s in pruning.recoveries(study.run)]
+    recovered = [artefacts.model_name("recovered", c, s) for c, s in pruning.recoveries(study.run)]
     students = [f"student_{variant}_1" for variant in ("distilled", "labels_only", "distilled_random")]
     sparse = [f"{stage}_{study.best}_{p}" for stage, p in (("sparse", 90), ("structured", 50), ("compact", 50))]
     dense = ["pretrained", "fine_tuned", "fine_tuned_extra", *recovered]
@@ -49,7 +61,7 @@ def test_a_study_leaves_the_models_that_it_promises(study):
     for name in study.models[0]:
         assert not study.run.load_model(name).training
         if name != "pretrained" and not name.startswith(("sparse", "compact")):
-            history = experiments.read_history(study.run, name)
+            history = artefacts.read_history(study.run, name)
             assert np.isfinite(history["loss"]).all()
             # Recovery makes no choice among checkpoints, so it validates none on the way.
             chosen = name == "fine_tuned" or name.startswith(("student_", "compressed_"))
@@ -59,8 +71,8 @@ def test_a_study_leaves_the_models_that_it_promises(study):
 
 def test_the_runs_of_a_profile_are_its_seeds_from_the_runs_own_upwards():
     run = open_run(get_profile("smoke", seeds=3), 4)
-    assert [one.seed for one in experiments.runs_of(run)] == [4, 5, 6]
-    assert {one.profile for one in experiments.runs_of(run)} == {run.profile}
+    assert [one.seed for one in inputs.runs_of(run)] == [4, 5, 6]
+    assert {one.profile for one in inputs.runs_of(run)} == {run.profile}
 
 
 def test_training_moved_every_model_away_from_the_one_it_started_from(study):
@@ -72,7 +84,7 @@ def test_training_moved_every_model_away_from_the_one_it_started_from(study):
 
 def test_the_fine_tuned_artefact_holds_what_was_observed_of_every_prunable_weight(study):
     weights = prunable_weights(study.run.load_model("fine_tuned"))
-    found = experiments.load_statistics(study.run, "fine_tuned")
+    found = artefacts.load_statistics(study.run, "fine_tuned")
     assert set(found) == {"mean_abs_gradient", "first_order_movement"}
     for tensors in found.values():
         assert {name: tensor.shape for name, tensor in tensors.items()} == {n: w.shape for n, w in weights.items()}
@@ -81,13 +93,13 @@ def test_the_fine_tuned_artefact_holds_what_was_observed_of_every_prunable_weigh
 
 
 def test_what_was_flagged_last_along_fine_tuning_is_what_the_scores_flag(study):
-    flagged = experiments.flagged_along_the_way(study.run)
+    flagged = fine_tuning.flagged_along_the_way(study.run)
     weights = prunable_weights(study.run.load_model("fine_tuned"))
     steps = {int(key.split("/")[0]) for key in flagged}
     assert steps == {0, 1, 2, 4, 6}
     for criterion in CRITERIA:
         found = unpack(flagged[f"6/{criterion}"], weights)
-        expected = select(pruning.scores_of(study.run, criterion), 0.9)
+        expected = select(scoring.scores_of(study.run, criterion), 0.9)
         assert all(torch.equal(found[name], mask) for name, mask in expected.items()), criterion
 
 
@@ -100,7 +112,7 @@ def test_students_have_fewer_layers_and_follow_the_best_of_the_scan(study):
     for row in students.itertuples():
         model = study.run.load_model(row.model)
         assert len(blocks(model)) == 1
-        assert row.accuracy == evaluate_accuracy(model, experiments.dataset(study.run, "validation"))
+        assert row.accuracy == evaluate_accuracy(model, inputs.dataset(study.run, "validation"))
 
 
 def test_a_student_of_the_labels_alone_is_one_that_plain_training_gives(study):
@@ -108,10 +120,10 @@ def test_a_student_of_the_labels_alone_is_one_that_plain_training_gives(study):
     student = create_student(run.load_model("fine_tuned"), 1, run.seed)
     train(
         student,
-        experiments.dataset(run, "train"),
+        inputs.dataset(run, "train"),
         recipe_for(run.profile, "distill"),
         seed=run.seed,
-        validate=experiments.validator(run),
+        validate=predictions.validator(run),
     )
     saved = run.load_model("student_labels_only_1").state_dict()
     # alpha = 1 leaves the soft term out but computes it: no more than rounding is between the two.
@@ -125,7 +137,7 @@ def test_a_student_of_the_labels_alone_is_one_that_plain_training_gives(study):
 
 
 def test_a_second_call_finds_everything_and_computes_nothing(study, monkeypatch):
-    before = [created(one) for one in experiments.runs_of(study.run)]
+    before = [created(one) for one in inputs.runs_of(study.run)]
 
     def never(*_, **__):
         raise AssertionError("computed again")
@@ -135,18 +147,18 @@ def test_a_second_call_finds_everything_and_computes_nothing(study, monkeypatch)
         monkeypatch.setattr(module, "predict_logits", never)
     monkeypatch.setattr(pruning, "calibrate", never)
     again = open_run(dataclasses.replace(study.run.profile), 0)
-    assert experiments.finetune_model(again)["steps"].tolist() == [6]
+    assert fine_tuning.finetune_model(again)["steps"].tolist() == [6]
     pd.testing.assert_frame_equal(pruning.recover_all(again), study.recovered)
-    pd.testing.assert_frame_equal(experiments.distil_all(again), study.students)
+    pd.testing.assert_frame_equal(students.distil_all(again), study.students)
     pruning.pruned_curves(again)
-    pruning.sparsify(again, study.best, 0.9)
-    pruning.compact_model(again, 0.5)
-    assert [created(one) for one in experiments.runs_of(again)] == before
+    conversion.sparsify(again, study.best, 0.9)
+    conversion.compact_model(again, 0.5)
+    assert [created(one) for one in inputs.runs_of(again)] == before
 
 
 def test_dense_models_are_judged_in_the_precision_of_training_and_sparse_engines_in_float32(workspace, monkeypatch):
     run, asked = open_run(get_profile("smoke", precision="bf16"), 0), []
-    experiments.finetune_model(run)
+    fine_tuning.finetune_model(run)
     sparse = convert_to_sparse(run.load_model("fine_tuned"), "auto")
     run.cached("sparse", {}, lambda folder: save_sparse(sparse, folder), kind="sparse", made_by="04")
 
@@ -156,14 +168,14 @@ def test_dense_models_are_judged_in_the_precision_of_training_and_sparse_engines
 
     monkeypatch.setattr(experiments, "predict_logits", judge)
     for name in ("fine_tuned", "sparse"):
-        experiments.split_logits(run, name, "validation")
+        predictions.split_logits(run, name, "validation")
     assert asked == [(32, "bf16"), (32, "no")]
 
 
 def test_a_changed_setting_trains_again_what_depends_on_it_and_nothing_else(workspace):
     def made(**changes):
         run = new_run(**changes)
-        experiments.finetune_model(run)
+        fine_tuning.finetune_model(run)
         pruning.train_control(run)
         return created(run)
 
@@ -186,14 +198,14 @@ def test_a_changed_setting_trains_again_what_depends_on_it_and_nothing_else(work
 
 
 def test_another_seed_is_another_run_of_the_same_test_reviews(study):
-    first, second = experiments.runs_of(study.run)
+    first, second = inputs.runs_of(study.run)
     assert first.artifacts != second.artifacts
     heads = [one.load_model("pretrained").score.weight for one in (first, second)]
     assert not torch.equal(*heads)
     trained = [prunable_weights(one.load_model("fine_tuned")) for one in (first, second)]
     assert not any(torch.equal(weight, trained[1][name]) for name, weight in trained[0].items())
     for split in ("validation", "test"):
-        texts = [experiments.reviews_of(one.profile, one.seed)[split]["text"][:] for one in (first, second)]
+        texts = [inputs.reviews_of(one.profile, one.seed)[split]["text"][:] for one in (first, second)]
         assert texts[0] == texts[1], "answers of seeds are paired review by review"
 
 
@@ -205,7 +217,7 @@ def test_an_interrupted_training_leaves_no_artefact(workspace, monkeypatch):
 
     monkeypatch.setattr(experiments, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        experiments.finetune_model(run)
+        fine_tuning.finetune_model(run)
     assert run.models() == ["pretrained"]
     with pytest.raises(WorkspaceError, match=r"fine_tuned is missing .* run notebook 01"):
         run.load_model("fine_tuned")
@@ -217,7 +229,7 @@ def test_an_interrupted_training_leaves_no_artefact(workspace, monkeypatch):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_split_logits_are_the_models_own_in_the_order_of_the_reviews(study, split):
     run = study.run
-    found = experiments.split_logits(run, "fine_tuned", split)
+    found = predictions.split_logits(run, "fine_tuned", split)
     model, texts = run.load_model("fine_tuned"), list(load_reviews(run.profile, run.seed)[split]["text"])
     with torch.inference_mode():
         alone = [
@@ -236,7 +248,7 @@ def test_predict_gives_the_probability_of_positive_and_agrees_with_the_logits(st
         found = run.predict(name, texts)
         assert found.shape == (len(texts),)
         assert ((found >= 0) & (found <= 1)).all()
-        expected = experiments.probabilities(experiments.split_logits(run, name, "test"))[:, 1]
+        expected = predictions.probabilities(predictions.split_logits(run, name, "test"))[:, 1]
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -248,27 +260,27 @@ def test_predict_cleans_what_it_is_given_and_does_not_mind_company(study):
 
 
 def test_the_reviews_that_a_model_gets_right_are_those_that_it_predicts_right(study):
-    found, expected = experiments.right_over_seeds(study.run, "fine_tuned", "validation"), []
-    for one in experiments.runs_of(study.run):
+    found, expected = predictions.right_over_seeds(study.run, "fine_tuned", "validation"), []
+    for one in inputs.runs_of(study.run):
         reviews = load_reviews(one.profile, one.seed)["validation"]
         chances = one.predict("fine_tuned", reviews["text"][:])
         expected.append([(p > 0.5) == (label == 1) for p, label in zip(chances, reviews["label"], strict=True)])
-        assert experiments.answers_right(one, "fine_tuned", "validation").tolist() == expected[-1]
-        assert experiments.validation_accuracy(one, "fine_tuned") == pytest.approx(np.mean(expected[-1]))
+        assert predictions.answers_right(one, "fine_tuned", "validation").tolist() == expected[-1]
+        assert predictions.validation_accuracy(one, "fine_tuned") == pytest.approx(np.mean(expected[-1]))
     assert found.dtype == bool
     assert found.tolist() == expected
 
 
 def test_probabilities_are_a_softmax_that_temperature_softens():
     logits = np.array([[0.0, np.log(3.0)], [2.0, 2.0]])
-    np.testing.assert_allclose(experiments.probabilities(logits), [[0.25, 0.75], [0.5, 0.5]])
+    np.testing.assert_allclose(predictions.probabilities(logits), [[0.25, 0.75], [0.5, 0.5]])
     # Half the logits: the square roots of the odds.
-    np.testing.assert_allclose(experiments.probabilities(logits, 2.0)[0, 1], 3**0.5 / (1 + 3**0.5))
+    np.testing.assert_allclose(predictions.probabilities(logits, 2.0)[0, 1], 3**0.5 / (1 + 3**0.5))
 
 
 def test_a_latency_batch_spreads_over_the_lengths_of_the_test_reviews(study):
-    rows = experiments.dataset(study.run, "test").input_ids
-    batch = experiments.latency_batch(study.run, 4)["input_ids"]
+    rows = inputs.dataset(study.run, "test").input_ids
+    batch = inputs.latency_batch(study.run, 4)["input_ids"]
     pad = load_tokenizer(study.run.profile).pad_token_id
     lengths = (batch != pad).sum(1).tolist()
     assert lengths == [sorted(map(len, rows))[place] for place in (3, 9, 15, 21)]
@@ -280,12 +292,12 @@ def test_a_latency_batch_spreads_over_the_lengths_of_the_test_reviews(study):
     [(0.9, "pruned_merged_90"), (0.95, "pruned_merged_95"), (0.975, "pruned_merged_97p5"), (0.29, "pruned_merged_29")],
 )
 def test_a_models_name_states_its_sparsity_in_percent(sparsity, name):
-    assert experiments.model_name("pruned", "merged", sparsity) == name
+    assert artefacts.model_name("pruned", "merged", sparsity) == name
 
 
 def test_the_baseline_learns_words_and_word_pairs():
     texts = ["not good at all", "not good really", "good at all", "good really"] * 3
-    model = experiments.tfidf_baseline(texts, [0, 0, 1, 1] * 3)
+    model = baseline.tfidf_baseline(texts, [0, 0, 1, 1] * 3)
     assert model.predict(["not good", "good"]).tolist() == [0, 1]
     assert "not good" in model[0].vocabulary_
 
@@ -296,7 +308,7 @@ def test_the_baselines_logits_are_those_of_a_fit_on_the_training_reviews(study):
     train_rows = vectorizer.fit_transform(parts["train"]["text"][:])
     fitted = LogisticRegression(C=10.0, max_iter=1000).fit(train_rows, parts["train"]["label"][:])
     expected = fitted.predict_proba(vectorizer.transform(parts["test"]["text"][:]))
-    found = experiments.probabilities(experiments.split_logits(study.run, "tfidf", "test"))
+    found = predictions.probabilities(predictions.split_logits(study.run, "tfidf", "test"))
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -305,58 +317,58 @@ def test_the_baselines_logits_are_those_of_a_fit_on_the_training_reviews(study):
 
 def test_the_test_reviews_answer_no_model_that_is_not_declared(study):
     with pytest.raises(WorkspaceError, match=r"pretrained is not declared for the test reviews, .* use validation"):
-        experiments.split_logits(study.run, "pretrained", "test")
+        predictions.split_logits(study.run, "pretrained", "test")
     with pytest.raises(WorkspaceError, match="not declared"):
-        experiments.right_over_seeds(study.run, f"structured_{study.best}_50", "test")
-    assert len(experiments.split_logits(study.run, "pretrained", "validation")) == 16
-    assert len(experiments.split_logits(study.run, "fine_tuned", "test")) == 24
+        predictions.right_over_seeds(study.run, f"structured_{study.best}_50", "test")
+    assert len(predictions.split_logits(study.run, "pretrained", "validation")) == 16
+    assert len(predictions.split_logits(study.run, "fine_tuned", "test")) == 24
 
 
 def test_the_test_part_is_opened_once_a_study(workspace):
     run = new_run()
-    assert experiments.test_record(run)["models"] == []
-    first = experiments.open_test(run, ["fine_tuned", "student"])
+    assert predictions.test_record(run)["models"] == []
+    first = predictions.open_test(run, ["fine_tuned", "student"])
     assert (first["models"], first["reasons"], first["studies"]) == (["fine_tuned", "student"], [], 1)
-    assert experiments.open_test(run, ["student", "fine_tuned"]) == first
-    assert experiments.open_test(run, ["student"]) == first
-    assert experiments.test_record(run) == first
+    assert predictions.open_test(run, ["student", "fine_tuned"]) == first
+    assert predictions.open_test(run, ["student"]) == first
+    assert predictions.test_record(run) == first
     with pytest.raises(WorkspaceError, match=r"another.*again='the reason'"):
-        experiments.open_test(run, ["fine_tuned", "another"])
-    assert experiments.test_record(run) == first, "what was refused leaves nothing"
-    later = experiments.open_test(run, ["another"], again="the recipe had a bug")
+        predictions.open_test(run, ["fine_tuned", "another"])
+    assert predictions.test_record(run) == first, "what was refused leaves nothing"
+    later = predictions.open_test(run, ["another"], again="the recipe had a bug")
     assert later["models"] == ["fine_tuned", "student", "another"]
     assert later["reasons"] == ["the recipe had a bug"]
-    assert experiments.open_test(run, ["more"], again="and one more")["reasons"] == [
+    assert predictions.open_test(run, ["more"], again="and one more")["reasons"] == [
         "the recipe had a bug",
         "and one more",
     ]
-    assert experiments.test_record(run)["studies"] == 1
+    assert predictions.test_record(run)["studies"] == 1
 
 
 def test_other_settings_are_another_study_and_the_studies_are_counted(workspace):
-    first = experiments.open_test(new_run(), ["fine_tuned"])
+    first = predictions.open_test(new_run(), ["fine_tuned"])
     assert first["studies"] == 1
     other = new_run(recovery_steps=2)
-    assert experiments.test_record(other)["models"] == []
+    assert predictions.test_record(other)["models"] == []
     with pytest.raises(WorkspaceError, match="not declared"):
-        experiments.split_logits(other, "fine_tuned", "test")
-    assert experiments.test_record(new_run())["models"] == ["fine_tuned"], "asking is no study"
-    assert experiments.open_test(other, ["another"])["studies"] == 2
-    assert experiments.open_test(other, ["another"])["studies"] == 2
+        predictions.split_logits(other, "fine_tuned", "test")
+    assert predictions.test_record(new_run())["models"] == ["fine_tuned"], "asking is no study"
+    assert predictions.open_test(other, ["another"])["studies"] == 2
+    assert predictions.open_test(other, ["another"])["studies"] == 2
     with pytest.raises(WorkspaceError, match="another"):
-        experiments.open_test(new_run(), ["another"])
-    assert experiments.open_test(new_run(), ["fine_tuned"])["studies"] == 2, "whoever goes back finds what was declared"
+        predictions.open_test(new_run(), ["another"])
+    assert predictions.open_test(new_run(), ["fine_tuned"])["studies"] == 2, "whoever goes back finds what was declared"
 
 
 def test_other_code_is_another_study(workspace, monkeypatch):
-    experiments.open_test(new_run(), ["fine_tuned"])
+    predictions.open_test(new_run(), ["fine_tuned"])
     monkeypatch.setattr(experiments, "code_fingerprint", lambda *modules: "other")
-    assert experiments.open_test(new_run(), ["fine_tuned"])["studies"] == 2
+    assert predictions.open_test(new_run(), ["fine_tuned"])["studies"] == 2
 
 
 def test_every_seed_keeps_a_record_of_its_own(study):
-    first, second = (experiments.test_record(one) for one in experiments.runs_of(study.run))
-    recovered = [experiments.model_name("recovered", c, s) for c, s in pruning.recoveries(study.run)]
+    first, second = (predictions.test_record(one) for one in inputs.runs_of(study.run))
+    recovered = [artefacts.model_name("recovered", c, s) for c, s in pruning.recoveries(study.run)]
     assert set(second["models"]) == {"fine_tuned", "fine_tuned_extra", *recovered}
     assert set(first["models"]) == {*second["models"], *comparison.compared_models(study.run), "tfidf"}
     assert (first["studies"], second["studies"]) == (1, 1)

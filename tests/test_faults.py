@@ -13,8 +13,9 @@ import safetensors.torch
 from conftest import STUDY, fresh_accelerate
 from safetensors import SafetensorError
 
-from nbhelpers import experiments, masks, models, pruning
+from nbhelpers import masks, models
 from nbhelpers.profiles import get_profile
+from nbhelpers.study import conversion, fine_tuning, predictions, pruning, scoring, students
 from nbhelpers.workspace import open_run
 
 
@@ -59,24 +60,24 @@ def stages(run):
 
     def structured():
         parts = models.structures(run.load_model("fine_tuned"))
-        chosen = masks.select_structures(pruning.scores_of(run, "gradient"), parts, 0.5)
+        chosen = masks.select_structures(scoring.scores_of(run, "gradient"), parts, 0.5)
         pruning.recover_model(run, "gradient", 0.5, chosen, "structured")
 
     figure, ax = plt.subplots()
     ax.plot([0, 1])
     return [
-        lambda: experiments.finetune_model(run),
-        *(lambda name=name: pruning.scores_of(run, name) for name in ("merged", "wanda")),
+        lambda: fine_tuning.finetune_model(run),
+        *(lambda name=name: scoring.scores_of(run, name) for name in ("merged", "wanda")),
         *(lambda name=name: pruning.pruned_logits(run, name) for name in ("gradient", "sparsegpt")),
         lambda: pruning.train_control(run),
         *(lambda share=share: pruning.recover_model(run, "gradient", share) for share in (0.5, 0.9)),
         *(lambda way=way: pruning.recover_otherwise(run, way, "gradient", 0.9) for way in ("gradual", "taught")),
-        lambda: pruning.sparsify(run, "gradient", 0.9),
+        lambda: conversion.sparsify(run, "gradient", 0.9),
         structured,
-        lambda: pruning.sparsify(run, "gradient", 0.5, "compact", "structured", "dense"),
-        lambda: experiments.distil_student(run, "distilled_1", 1, 0.5, 2.0),
-        lambda: experiments.open_test(run, ["fine_tuned", "sparse_gradient_90", "tfidf"]),
-        *(lambda n=n: experiments.split_logits(run, n, "test") for n in ("fine_tuned", "sparse_gradient_90", "tfidf")),
+        lambda: conversion.sparsify(run, "gradient", 0.5, "compact", "structured", "dense"),
+        lambda: students.distil_student(run, "distilled_1", 1, 0.5, 2.0),
+        lambda: predictions.open_test(run, ["fine_tuned", "sparse_gradient_90", "tfidf"]),
+        *(lambda n=n: predictions.split_logits(run, n, "test") for n in ("fine_tuned", "sparse_gradient_90", "tfidf")),
         lambda: run.save_table("table", pd.DataFrame({"a": [1.0, 2.0]})),
         lambda: run.record("section", metric=1.0),
         lambda: run.save_figure("figure", figure),

@@ -17,8 +17,10 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from nbhelpers import forgetting
-from nbhelpers.forgetting import (
+from nbhelpers.models import ModelError
+from nbhelpers.sparse import convert_gpt2_to_sparse
+from nbhelpers.study import forgetting
+from nbhelpers.study.forgetting import (
     as_language_model,
     associations,
     bits_per_byte,
@@ -28,8 +30,6 @@ from nbhelpers.forgetting import (
     other_domain_texts,
     shorten,
 )
-from nbhelpers.models import ModelError
-from nbhelpers.sparse import convert_gpt2_to_sparse
 
 GROUP_COLUMNS = [
     "feature",

@@ -15,9 +15,11 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from nbhelpers import comparison, criteria, experiments, grid, pruning
+from nbhelpers import criteria
+from nbhelpers.pipeline import grid
+from nbhelpers.pipeline.promises import artifacts
 from nbhelpers.profiles import get_profile
-from nbhelpers.stages import artifacts
+from nbhelpers.study import cells, comparison, conversion, fine_tuning, inputs, predictions, pruning, scoring, students
 from nbhelpers.workspace import Run, open_run
 
 PROJECT = Path(__file__).parent.parent
@@ -43,26 +45,26 @@ def call(*arguments, root, **options):
 
 
 def test_cells_and_phases_of_smoke():
-    first, second, third, fourth, fifth, sixth = (list(phase) for phase in grid.phases(open_small()))
+    first, second, third, fourth, fifth, sixth = (list(phase) for phase in cells.phases(open_small()))
     assert first == ["finetune-0", "finetune-1"] and second == ["score-0", "score-1"]
     assert third[:3] == ["scan-0-0.5-2", "control-0", "control-1"]
-    assert third[3:] == [f"prune-{seed}-{p}" for seed in (0, 1) for p in (*pruning.SCORES, "sparsegpt")]
+    assert third[3:] == [f"prune-{seed}-{p}" for seed in (0, 1) for p in (*scoring.SCORES, "sparsegpt")]
     students = [f"student-0-{variant}-1" for variant in ("distilled", "labels_only", "distilled_random")]
-    assert fourth == students + [f"recover-{seed}-{c}" for seed in (0, 1) for c in pruning.SCORES]
+    assert fourth == students + [f"recover-{seed}-{c}" for seed in (0, 1) for c in scoring.SCORES]
     ways = [f"otherwise-{seed}-{way}" for seed in (0, 1) for way in ("gradual", "taught")]
     assert fifth == [*ways, "compress-0-1", "structured-0-0.5", "open-test"]
     assert sixth[:2] == ["judge-0-dense", "judge-1-dense"]
-    assert sixth[2:] == [f"judge-{seed}-{c}" for seed in (0, 1) for c in pruning.SCORES]
+    assert sixth[2:] == [f"judge-{seed}-{c}" for seed in (0, 1) for c in scoring.SCORES]
 
 
 def test_cells_of_some_notebooks_leave_the_test_reviews_alone():
     run = open_small()
-    assert [list(phase) for phase in grid.phases(run, ["01"])] == [["finetune-0", "finetune-1"]]
-    assert grid.phases(run, []) == []
-    names = [name for phase in grid.phases(run, ["01", "02", "03", "04", "05"]) for name in phase]
+    assert [list(phase) for phase in cells.phases(run, ["01"])] == [["finetune-0", "finetune-1"]]
+    assert cells.phases(run, []) == []
+    names = [name for phase in cells.phases(run, ["01", "02", "03", "04", "05"]) for name in phase]
     assert "open-test" not in names and not [name for name in names if name.startswith("judge")]
-    others = [name for phase in grid.phases(run, ["06"]) for name in phase]
-    assert sorted(names + others) == sorted(name for phase in grid.phases(run) for name in phase)
+    others = [name for phase in cells.phases(run, ["06"]) for name in phase]
+    assert sorted(names + others) == sorted(name for phase in cells.phases(run) for name in phase)
 
 
 # --- what cells leave ---
@@ -85,8 +87,8 @@ def one_process(tmp_path_factory):
         patch.setenv("NBHELPERS_ROOT", str(root))
         patch.setattr(Run, "cached", logged)
         run, counts = open_small(), []
-        for phase in grid.phases(run):
-            there = {(one.seed, name) for one in experiments.runs_of(run) for name in artifacts(one)}
+        for phase in cells.phases(run):
+            there = {(one.seed, name) for one in inputs.runs_of(run) for name in artifacts(one)}
             counts.append(Counter())
             for cell in reversed(phase.values()):
                 asked.clear()
@@ -102,20 +104,20 @@ def test_no_two_cells_of_a_phase_make_the_same_artefact(one_process):
 
 def found_by_notebooks(run: Run) -> None:
     """What the notebooks call, heavy computations only."""
-    for one in experiments.runs_of(run):
-        experiments.finetune_model(one)
-        pruning.score_weights(one, pruning.MAIN)
+    for one in inputs.runs_of(run):
+        fine_tuning.finetune_model(one)
+        scoring.score_weights(one, scoring.MAIN)
     pruning.pruned_curves(run)
-    for what in ("control", *pruning.SCORES):
+    for what in ("control", *scoring.SCORES):
         pruning.scan_recovery_rates(run, what)
     pruning.recover_all(run)
     pruning.recovered_curves(run)
     for way in ("gradual", "taught"):
-        for one in experiments.runs_of(run):
+        for one in inputs.runs_of(run):
             name = pruning.recover_otherwise(one, way, pruning.best_criterion(run), run.profile.main_sparsity)
-            experiments.answers_right(one, name, "validation")
-    pruning.compact_model(run, run.profile.structured_sparsities[0])
-    experiments.distil_all(run)
+            predictions.answers_right(one, name, "validation")
+    conversion.compact_model(run, run.profile.structured_sparsities[0])
+    students.distil_all(run)
     comparison.open_test_part(run)
     pruning.recovered_curves(run, "test")
     comparison.answers_of_all(run, list(comparison.LINES))
@@ -130,7 +132,7 @@ def tensors_of(run: Run) -> dict[tuple[int, str, str], dict[str, bytes]]:
     """Every weight and tensor of a run: {(seed, artefact, file): tensors}, of all seeds."""
     return {
         (one.seed, name, path.name): bits(path)
-        for one in experiments.runs_of(run)
+        for one in inputs.runs_of(run)
         for name in artifacts(one)
         for path in one.folder(name).glob("*.safetensors")
     }
@@ -139,9 +141,9 @@ def tensors_of(run: Run) -> dict[tuple[int, str, str], dict[str, bytes]]:
 def test_the_notebooks_find_everything(one_process, monkeypatch):
     monkeypatch.setenv("NBHELPERS_ROOT", str(one_process[0]))
     run = open_small()
-    before = {(one.seed, name): r["created"] for one in experiments.runs_of(run) for name, r in artifacts(one).items()}
+    before = {(one.seed, name): r["created"] for one in inputs.runs_of(run) for name, r in artifacts(one).items()}
     found_by_notebooks(run)
-    after = {(one.seed, name): r["created"] for one in experiments.runs_of(run) for name, r in artifacts(one).items()}
+    after = {(one.seed, name): r["created"] for one in inputs.runs_of(run) for name, r in artifacts(one).items()}
     assert after == before
 
 
@@ -150,7 +152,7 @@ def test_a_grid_of_two_processes_leaves_the_same_bits(one_process, workspace, mo
     run = open_small()
     grid.run_grid(run, jobs=2)
     out, err = capfd.readouterr()
-    names = [name for phase in grid.phases(run) for name in phase]
+    names = [name for phase in cells.phases(run) for name in phase]
     assert sorted(line.split()[2] for line in out.splitlines()) == sorted(names) and err == ""
     found = tensors_of(run)
     monkeypatch.setenv("NBHELPERS_ROOT", str(one_process[0]))
@@ -177,7 +179,7 @@ def test_commands_of_the_list_run_and_the_next_finds_what_the_last_left(workspac
         "# phase 1: in any order",
         *(f"# phase {n}: in any order, after phase {n - 1}" for n in range(2, 7)),
     ]
-    cells = [name for phase in grid.phases(open_small()) for name in phase]
+    cells = [name for phase in cells.phases(open_small()) for name in phase]
     commands = [line for line in lines if not line.startswith("#")]
     assert [shlex.split(line)[-1] for line in commands] == cells
     assert list(workspace.iterdir()) == []
@@ -269,10 +271,10 @@ def test_an_end_in_the_middle_leaves_no_process_and_a_usable_workspace(workspace
     assert (process.returncode, err[: len(expected[how][1])]) == expected[how], err
     # Of a grid that could not tidy up itself, Python may say so.
     assert len(err.splitlines()) <= 1 or how == "killed"
-    for one in experiments.runs_of(open_small()):
+    for one in inputs.runs_of(open_small()):
         for name in artifacts(one):
             one.folder(name)  # checks the sums
-    experiments.finetune_model(open_small())
+    fine_tuning.finetune_model(open_small())
     assert not list((workspace / ".artifacts" / "smoke" / "seed-0").glob("*.partial"))
 
 

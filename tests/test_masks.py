@@ -9,20 +9,18 @@ from safetensors.torch import load, save
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from nbhelpers.masks import (
-    FlaggedSets,
     GradualKeeper,
     MaskKeeper,
     apply_masks,
     cubic_sparsity,
     identify_useless_parameters,
     pack,
-    select,
     sparsity_of,
-    threshold,
     unpack,
 )
 from nbhelpers.models import prunable_weights
-from nbhelpers.statistics import GradientMagnitude
+from nbhelpers.selection import select, threshold
+from nbhelpers.training.observers import FlaggedSets, GradientMagnitude
 
 SPARSITIES = [0.0, 1e-9, 0.001, 0.1, 0.25, 1 / 3, 0.5, 0.612, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0]
 

@@ -16,15 +16,8 @@ from transformers import (
 )
 
 from nbhelpers import models
-from nbhelpers.models import (
-    MINI,
-    ModelError,
-    create_model,
-    create_student,
-    predict_logits,
-    prunable_weights,
-    stored_in_out,
-)
+from nbhelpers.evaluation import predict_logits
+from nbhelpers.models import MINI, ModelError, create_model, create_student, prunable_weights, stored_in_out
 from nbhelpers.profiles import get_profile
 
 

@@ -15,10 +15,12 @@ import nbformat
 import pandas as pd
 import pytest
 
-from nbhelpers import exercises, page
-from nbhelpers.experiments import runs_of
+from nbhelpers.exercises import __main__
+from nbhelpers.pipeline.promises import artifacts, broken_promises, parameters_of
 from nbhelpers.profiles import get_profile
-from nbhelpers.stages import NOTEBOOKS, STAGES, artifacts, broken_promises, parameters_of, promised_files
+from nbhelpers.report import words
+from nbhelpers.report.chapters import NOTEBOOKS, STAGES, promised_files
+from nbhelpers.study.inputs import runs_of
 from nbhelpers.workspace import open_run
 
 PROJECT = Path(__file__).parent.parent
@@ -218,7 +220,7 @@ def test_every_exercise_waits_for_an_answer_and_every_solution_is_right(run):
             said = "".join(output.get("text", "") for output in cell.outputs)
             assert re.search(r"^Right: ", said, re.MULTILINE), f"{name}: {cell.source}"
             assert "Not yet" not in said
-        assert not any(exercises.right_answers(path))
+        assert not any(__main__.right_answers(path))
 
 
 def test_the_comparison_has_a_row_for_every_kind_of_model(run):
@@ -269,12 +271,12 @@ def test_a_second_run_skips_everything(executed):
 
 
 def test_the_page_and_the_readme_show_the_finding(run, tmp_path):
-    finding = page.finding(run.results())
+    finding = words.finding(run.results())
     assert "2 seeds" in finding and finding.count("\n- **") >= 5
     assert "<h2>The finding</h2>" in (run.reports / "index.html").read_text()
     readme = tmp_path / "README.md"
-    readme.write_text("\n".join((*page.FRONT, *page.RESULTS)))
-    page.write_readme(run, readme)
+    readme.write_text("\n".join((*readme.FRONT, *readme.RESULTS)))
+    readme.write_readme(run, readme)
     assert finding in readme.read_text() and "TF-IDF" in readme.read_text()
 
 

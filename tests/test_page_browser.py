@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nbhelpers import page as page_of_notebooks
-from nbhelpers import report
 from nbhelpers.profiles import get_profile
+from nbhelpers.report import page
 from nbhelpers.workspace import open_run
 
 SCREENS = [(width, scheme) for width in (1280, 375) for scheme in ("light", "dark")]
@@ -108,7 +107,7 @@ def made(tmp_path_factory):
             matplotlib.image.imsave(
                 run.reports / "figures" / f"{name}.png", np.full((40, 90 + 60 * i, 3), 0.5 + 0.1 * i)
             )
-        path = report.write_index(run)
+        path = page.write_index(run)
     return SimpleNamespace(path=path, table=table)
 
 
@@ -333,7 +332,7 @@ def test_a_notebooks_page_folds_its_solutions(browser, tmp_path):
     cells = [nbformat.v4.new_code_cell("answer = ..."), nbformat.v4.new_code_cell("answer = 42")]
     cells[1].metadata.tags = ["solution"]
     path = tmp_path / "notebook.html"
-    path.write_text(page_of_notebooks.notebook_html(nbformat.v4.new_notebook(cells=cells), "title"))
+    path.write_text(page.notebook_html(nbformat.v4.new_notebook(cells=cells), "title"))
     shown = browser.new_page()
     shown.goto(path.as_uri())
     solution = shown.locator("details", has_text="answer = 42")

@@ -8,8 +8,12 @@ import pytest
 import torch
 from scipy.special import softmax
 
-from nbhelpers import masks, panels
-from nbhelpers.panels import CriteriaPanel, LatencyPanel, SparsityPanel, TemperaturePanel, independent, ranks
+from nbhelpers import masks, selection
+from nbhelpers.report.panels import shared
+from nbhelpers.report.panels.criteria import CriteriaPanel, independent, ranks
+from nbhelpers.report.panels.latency import LatencyPanel
+from nbhelpers.report.panels.pruning import SparsityPanel
+from nbhelpers.report.panels.temperature import TemperaturePanel
 
 NAMES = [f"a.h.{layer}.{module}.weight" for layer in (0, 1) for module in ("attn.c_attn", "mlp.c_fc")]
 
@@ -33,7 +37,7 @@ def test_the_criteria_panel_flags_what_the_merge_flags(scores, agreement):
     panel, quantiles = CriteriaPanel(scores, 0.5), {"magnitude": 0.3, "movement": 0.6, "gradient": 0.8}
     panel.update(merge=agreement, **quantiles)
     # The threshold of a quantile is the highest score that is flagged.
-    flags = {c: {n: ~m for n, m in masks.select(s, quantiles[c]).items()} for c, s in scores.items()}
+    flags = {c: {n: ~m for n, m in selection.select(s, quantiles[c]).items()} for c, s in scores.items()}
     votes = {n: sum(flags[c][n].int() for c in scores) for n in NAMES}
     least = {"all": 3, "majority": 2, "any": 1}[agreement]
     total = sum(v.numel() for v in votes.values())
@@ -79,7 +83,7 @@ def test_the_sparsity_panel_asks_the_model_that_its_sliders_name(study):
             model = study.run.load_model(name)
         else:
             scores = study.run.load_tensors("scores_magnitude")
-            model = masks.apply_masks(study.run.load_model("fine_tuned"), masks.select(scores, 0.9))
+            model = masks.apply_masks(study.run.load_model("fine_tuned"), selection.select(scores, 0.9))
         shown = np.asarray(panel.dots.get_offsets())[:, 1]
         for i, label, chance in zip(rows, labels, shown, strict=True):
             ids = panel.ids[list(rows).index(i)]
@@ -171,7 +175,7 @@ def shown(monkeypatch):
 
 
 def test_a_batch_run_shows_a_picture_and_no_widget(latency, shown):
-    panels.explore(LatencyPanel(latency))
+    shared.explore(LatencyPanel(latency))
     assert set(shown[0]) == {"image/png", "text/plain"}
     assert base64.b64decode(shown[0]["image/png"]).startswith(b"\x89PNG")
 
@@ -187,7 +191,7 @@ def test_a_moved_slider_redraws_the_picture(latency, shown, monkeypatch):
 
     monkeypatch.setattr(panels.widgets, "Image", image)
     panel = LatencyPanel(latency)
-    panels.explore(panel)
+    shared.explore(panel)
     assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= set(shown[0])
     before = bytes(images[0].value)
     panel.controls["batch"].value = 1

@@ -18,12 +18,16 @@ import nbformat
 import pandas as pd
 import pytest
 
-from nbhelpers import execution, grid, page, pipeline, stages
-from nbhelpers.comparison import finding_text
-from nbhelpers.pipeline import main
+from nbhelpers import profiles
+from nbhelpers.pipeline import __main__, execution, grid, promises
+from nbhelpers.pipeline.__main__ import main
 from nbhelpers.profiles import get_profile
-from nbhelpers.stages import Stage
-from nbhelpers.workspace import WorkspaceError, open_run, outline, versions, without_docstrings
+from nbhelpers.report import __main__, chapters, page, readme
+from nbhelpers.report.chapters import Stage
+from nbhelpers.report.words import finding_text
+from nbhelpers.system.code import syntax_as_lists, without_docstrings
+from nbhelpers.system.machine import versions
+from nbhelpers.workspace import WorkspaceError, open_run
 
 PROJECT = Path(__file__).parent.parent
 PIXEL = base64.b64decode(
@@ -157,7 +161,7 @@ def test_a_local_path_is_made_absolute(tmp_path, monkeypatch):
     (tmp_path / "reviews.csv").write_text("text,label\n")
     (tmp_path / "mini").mkdir()
     monkeypatch.chdir(tmp_path)
-    found = pipeline.overrides_of(["data=reviews.csv", "model=mini", "epochs=2"])
+    found = profiles.overrides_of(["data=reviews.csv", "model=mini", "epochs=2"])
     assert found == {"data": str(tmp_path / "reviews.csv"), "model": "mini", "epochs": "2"}
 
 
@@ -254,7 +258,7 @@ def test_prose_in_a_notebook_does_not_make_it_stale(call, notebooks):
 
 def test_code_counts_and_comments_and_docstrings_do_not():
     def dump(source):
-        return outline(without_docstrings(ast.parse(source)))
+        return syntax_as_lists(without_docstrings(ast.parse(source)))
 
     code = 'def f(x):\n    """One."""\n    return x + 1\n'
     assert dump(code) == dump('# why\ndef f(x):\n    """Two."""\n\n    return (x + 1)  # so\n')
@@ -265,10 +269,10 @@ def test_code_counts_and_comments_and_docstrings_do_not():
 
 def test_the_outline_of_code_is_the_same_in_later_pythons():
     tree = ast.parse("def f(x):\n    return x\n")
-    before = outline(tree)
+    before = syntax_as_lists(tree)
     # What Python 3.12 added to every function, on which 3.11 leaves nothing.
     tree.body[0].type_params, tree.body[0]._fields = [], (*tree.body[0]._fields, "type_params")
-    assert outline(tree) == before
+    assert syntax_as_lists(tree) == before
 
 
 def test_a_changed_artefact_makes_what_is_made_from_it_stale(call, workspace):
@@ -284,11 +288,11 @@ def test_a_changed_artefact_makes_what_is_made_from_it_stale(call, workspace):
 
 def test_order_follows_needs():
     of = {name: Stage(name, "?", needs=needs) for name, needs in {"01_c": ("03",), "02_b": (), "03_a": ("02",)}.items()}
-    assert [stage.name for stage in stages.in_order(of)] == ["02_b", "03_a", "01_c"]
+    assert [stage.name for stage in chapters.in_order(of)] == ["02_b", "03_a", "01_c"]
     of["02_b"] = Stage("02_b", "?", needs=("01",))
     with pytest.raises(ValueError, match="circle"):
-        stages.in_order(of)
-    assert [stage.number for stage in stages.in_order(stages.STAGES)] == ["01", "02", "03", "04", "05", "06"]
+        chapters.in_order(of)
+    assert [stage.number for stage in chapters.in_order(chapters.STAGES)] == ["01", "02", "03", "04", "05", "06"]
 
 
 # --- a run that does not go well ---
@@ -345,12 +349,12 @@ def test_a_broken_promise_is_found(workspace, change, complaint):
     set_up = SET_UP.replace('os.environ["NBHELPERS_FORCE"]', "''")
     exec(f"{set_up}\n{first}", dict(scope))
     run = open_run(get_profile("smoke"))
-    assert stages.broken_promises(run, STAGES["01_first"]) == []
+    assert promises.broken_promises(run, STAGES["01_first"]) == []
     for file in (run.reports / "figures").glob("*"):
         file.unlink()
     (run.reports / "results.json").unlink()
     exec(f"{set_up}\n{broken}", dict(scope))
-    faults = stages.broken_promises(run, STAGES["01_first"])
+    faults = promises.broken_promises(run, STAGES["01_first"])
     assert len(faults) == 1 and complaint in faults[0]
 
 
@@ -358,9 +362,9 @@ def test_a_table_may_have_no_rows_where_its_stage_says_so(workspace):
     run, stage = open_run(get_profile("smoke")), Stage("01_first", "?", tables=("a", "b"), gaps=("a", "b.x"))
     for name in "ab":
         run.save_table(name, pd.DataFrame({"x": [], "y": []}))
-    assert stages.broken_promises(run, stage) == ["tables/b.csv has no rows"]
+    assert promises.broken_promises(run, stage) == ["tables/b.csv has no rows"]
     run.save_table("b", pd.DataFrame({"x": [1.0, None], "y": [1.0, 2.0]}))
-    assert stages.broken_promises(run, stage) == []
+    assert promises.broken_promises(run, stage) == []
 
 
 def test_what_does_not_apply_is_no_broken_promise_until_the_stage_runs_again(workspace, capsys):
@@ -370,9 +374,9 @@ def test_what_does_not_apply_is_no_broken_promise_until_the_stage_runs_again(wor
     run.skip("this model has no heads", "01_heads", "heads", "a.heads")
     assert "this model has no heads" in capsys.readouterr().out
     assert run.results()["skipped"]["01_heads"] == "this model has no heads"
-    assert stages.broken_promises(run, stage) == [] and stages.promised_files(run, stage) == []
-    stages.forget_metrics(run, stage)
-    assert len(stages.broken_promises(run, stage)) == 4 and run.results()["skipped"] == {}
+    assert promises.broken_promises(run, stage) == [] and chapters.promised_files(run, stage) == []
+    promises.forget_metrics(run, stage)
+    assert len(promises.broken_promises(run, stage)) == 4 and run.results()["skipped"] == {}
 
 
 def test_what_an_earlier_run_left_does_not_pass_for_new(call, notebooks):
@@ -556,28 +560,28 @@ def compared(workspace):
     run.record("comparison", test_reviews=1000, dense=MODEL, sparse=sparse, **others, **COUNTED)
     run.record("fine_tuning", total_parameters=6_967_808)
     run.record("finding", **FINDING)
-    run.record("captions", **{name: f"Caption of {name}" for name in page.README_FIGURES})
+    run.record("captions", **{name: f"Caption of {name}" for name in readme.README_FIGURES})
     run.save_table("comparison", pd.DataFrame([MODEL, sparse | {"p_value": 0.0001}]))
     (run.reports / "figures").mkdir()
-    for name in (page.README_FRONT, *page.README_FIGURES):
+    for name in (readme.README_FRONT, *readme.README_FIGURES):
         (run.reports / "figures" / f"{name}.png").write_bytes(PIXEL)
     return run
 
 
 def test_the_readme_is_rewritten_between_its_markers_only(compared, tmp_path):
     path = tmp_path / "README.md"
-    path.write_text("Before\n{}\nold\n{}\nBetween\n{}\nold\n{}\nAfter\n".format(*page.FRONT, *page.RESULTS))
-    page.write_readme(compared, path)
+    path.write_text("Before\n{}\nold\n{}\nBetween\n{}\nold\n{}\nAfter\n".format(*readme.FRONT, *readme.RESULTS))
+    readme.write_readme(compared, path)
     once = path.read_text()
-    page.write_readme(compared, path)
+    readme.write_readme(compared, path)
     assert path.read_text() == once
-    assert once.startswith(f"Before\n{page.FRONT[0]}\n") and once.endswith(f"{page.RESULTS[1]}\nAfter\n")
-    assert "old" not in once and f"{page.FRONT[1]}\nBetween\n{page.RESULTS[0]}\n" in once
+    assert once.startswith(f"Before\n{readme.FRONT[0]}\n") and once.endswith(f"{readme.RESULTS[1]}\nAfter\n")
+    assert "old" not in once and f"{readme.FRONT[1]}\nBetween\n{readme.RESULTS[0]}\n" in once
     plain = once.replace("\N{NO-BREAK SPACE}", " ")
     assert "1,000 test reviews the fine-tuned model gets 90.0 % (88.0 to 92.0) right" in plain
     assert "runs 2.2 times as fast and takes 2.50 MB on disk instead of 7.00" in plain
     assert "embedding, int8) it gets 90.0 % (88.0 to 92.0), runs 12.0 times as fast and takes 0.55 MB" in plain
-    assert all(f"](reports/smoke/figures/{name}.png)" in once for name in (page.README_FRONT, *page.README_FIGURES))
+    assert all(f"](reports/smoke/figures/{name}.png)" in once for name in (readme.README_FRONT, *readme.README_FIGURES))
     assert (
         "gets 86.2 %; against it the fine-tuned model is at -2.9 points (-5.2 to -0.5, p = 0.021; over 2 seeds)."
         in plain
@@ -594,26 +598,26 @@ def test_the_readme_is_rewritten_between_its_markers_only(compared, tmp_path):
 @pytest.mark.parametrize(("minutes", "words"), [(12.34, "12 minutes"), (660.0, "11.0 hours")])
 def test_the_readme_says_what_the_results_took(compared, minutes, words):
     compared.record("effort", process_minutes=minutes, cores=2, device_minutes={"chip (torch 2)": minutes})
-    assert page.made_with(compared, compared.results()).endswith(f"; {words} of one process's computing, on 2 cores")
+    assert readme.made_with(compared, compared.results()).endswith(f"; {words} of one process's computing, on 2 cores")
     compared.record("effort", device_minutes={"chip (torch 2)": 3.0, "card (torch 1)": minutes})
     shares = f"of one process's computing {words} on card (torch 1) and 3 minutes on chip (torch 2)"
-    assert page.made_with(compared, compared.results()).endswith(f", on which all times were measured; {shares}")
+    assert readme.made_with(compared, compared.results()).endswith(f", on which all times were measured; {shares}")
 
 
 def test_the_readme_leads_with_thorough_once_it_has_a_finding(compared, workspace, tmp_path, monkeypatch):
     path = tmp_path / "README.md"
-    path.write_text("\n".join((*page.FRONT, *page.RESULTS)))
+    path.write_text("\n".join((*readme.FRONT, *readme.RESULTS)))
     monkeypatch.setattr(page, "README", path)
-    monkeypatch.setattr(page.write_readme, "__defaults__", (path,))
+    monkeypatch.setattr(readme.write_readme, "__defaults__", (path,))
     monkeypatch.setattr(page, "write_measured", lambda: None)
     monkeypatch.setattr(sys, "argv", ["page", "readme"])
     reports = workspace / "reports"
     (reports / "smoke").rename(reports / "quick")
-    page.main()
+    __main__.main()
     assert "Profile `quick`, seed 0" in path.read_text().replace("profile", "Profile")
     assert "The default run" not in path.read_text()
     shutil.copytree(reports / "quick", reports / "thorough")
-    page.main()
+    __main__.main()
     first, second = path.read_text().split("### The default run")
     assert "reports/thorough/figures/06_rivals.png" in first and "profile `thorough`, seeds 0 to 2" in first
     assert (
@@ -623,7 +627,7 @@ def test_the_readme_leads_with_thorough_once_it_has_a_finding(compared, workspac
     results = json.loads((reports / "thorough" / "results.json").read_text())
     del results["finding"]["leaders"]
     (reports / "thorough" / "results.json").write_text(json.dumps(results))
-    assert page.leading_profile() == "quick"
+    assert readme.leading_profile() == "quick"
 
 
 def test_a_readme_without_a_finding_is_refused(compared):
@@ -631,7 +635,7 @@ def test_a_readme_without_a_finding_is_refused(compared):
     del results["finding"]
     (compared.reports / "results.json").write_text(json.dumps(results))
     with pytest.raises(WorkspaceError, match="no finding: run notebook 06"):
-        page.readme_block(compared)
+        readme.readme_block(compared)
     assert "The finding" not in page.write_index(compared).read_text()
 
 
@@ -639,15 +643,15 @@ def test_a_readme_without_a_finding_is_refused(compared):
     "text",
     [
         "no markers",
-        " ".join((*page.FRONT, *reversed(page.RESULTS))),
-        " ".join((*page.FRONT, page.RESULTS[0])),
+        " ".join((*readme.FRONT, *reversed(readme.RESULTS))),
+        " ".join((*readme.FRONT, readme.RESULTS[0])),
     ],
 )
 def test_a_readme_without_markers_is_refused(compared, tmp_path, text):
     path = tmp_path / "README.md"
     path.write_text(text)
     with pytest.raises(WorkspaceError, match=r"(front|generated):start"):
-        page.write_readme(compared, path)
+        readme.write_readme(compared, path)
     assert path.read_text() == text
 
 
@@ -655,9 +659,9 @@ def test_what_was_measured_at_full_size_stands_in_the_readme(workspace, tmp_path
     monkeypatch.setattr(page, "BENCHMARK", tmp_path)
     path = tmp_path / "README.md"
     monkeypatch.setattr(page, "labels_block", lambda: "labels")
-    path.write_text("Before\n{}\nstale\n{}\n{}\n{}\nAfter\n".format(*page.MEASURED, *page.LABELS))
+    path.write_text("Before\n{}\nstale\n{}\n{}\n{}\nAfter\n".format(*readme.MEASURED, *readme.LABELS))
     with pytest.raises(WorkspaceError, match=r"full_size\.csv is missing"):
-        page.write_measured(path)
+        readme.write_measured(path)
     stages_ = [
         {"notebook": "01_fine_tune", "minutes": 2.04, "peak_memory_bytes": 5.23e9, "device": "cpu, 2 threads"},
         {"notebook": "02_criteria_scoring", "minutes": 1.0, "peak_memory_bytes": 4e9, "device": "cpu, 2 threads"},
@@ -673,20 +677,20 @@ def test_what_was_measured_at_full_size_stands_in_the_readme(workspace, tmp_path
         {"engine": "merge", "seconds": 30, "extra_bytes": 2.9e9, "weights": 84934656, "times_ours": 100},
     ]
     pd.DataFrame(selected).to_csv(tmp_path / "selection.csv", index=False)
-    page.write_measured(path)
+    readme.write_measured(path)
     text = path.read_text()
     assert text.startswith("Before\n") and text.endswith("\nAfter\n") and "stale" not in text
     assert "Not measured: 03 prune and recover, 04 sparse conversion, 05 distillation, 06 comparison." in text
     assert "| 01 fine tune | 5.2 |\n| 02 criteria scoring | 4.0 |" in text
     assert "bf16: 0.61 s a step; training takes `trainer` 2.19 times as long (2.10 to 2.30)." in text
     assert "84,934,656 weights" in text and "13.1 s and 4.3 GB, 43 times as long" in text
-    assert "{}\nlabels\n{}".format(*page.LABELS) in text
+    assert "{}\nlabels\n{}".format(*readme.LABELS) in text
 
 
 def test_what_pretraining_is_worth_stands_in_the_readme(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "SETTINGS", tmp_path)
     with pytest.raises(WorkspaceError, match=r"labels\.csv is missing"):
-        page.labels_block()
+        readme.labels_block()
     line = {"labels": 6000, "max_tokens": 512, "accuracy_low": 0.871, "accuracy_high": 0.9, "seeds": 1, "n": 2495}
     judged = [
         line | {"model": "tfidf", "accuracy": 0.88, "difference": 0.0, "p_value": 1.0},
@@ -709,7 +713,7 @@ def test_what_pretraining_is_worth_stands_in_the_readme(tmp_path, monkeypatch):
         for i, (accuracy, rate) in enumerate([(0.8, 1e-3), (0.85, 1.5e-4), (0.7, 3e-5)])
     ]
     pd.DataFrame(trials).to_csv(tmp_path / "quick.csv", index=False)
-    text = page.labels_block().replace("\N{NO-BREAK SPACE}", " ")
+    text = readme.labels_block().replace("\N{NO-BREAK SPACE}", " ")
     assert "labels.png" not in text, "there is one number of labels only"
     assert "On 2,495 test reviews, of which a model reads at most 512 tokens; minutes" in text
     assert "are those of one fine-tuning beside others, on a card." in text
@@ -732,7 +736,7 @@ def test_the_page_shows_figures_that_are_promised_and_there(compared):
     figures = compared.reports / "figures"
     for name in ("02_stability", "02_of_an_earlier_version"):
         (figures / f"{name}.png").write_bytes(PIXEL)
-    stage = stages.STAGES["02_criteria_scoring"]
+    stage = chapters.STAGES["02_criteria_scoring"]
     assert [figure["name"] for figure in page.chapter(compared, stage, {})["figures"]] == ["02 stability"]
     compared.skip("there is one seed", "02_stability")
     assert page.chapter(compared, stage, {})["figures"] == []

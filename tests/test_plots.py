@@ -13,9 +13,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from nbhelpers import plots, style
-from nbhelpers.plots import COLORS, color
 from nbhelpers.profiles import get_profile
+from nbhelpers.report import plots, style
+from nbhelpers.report.style import COLORS, color
 from nbhelpers.workspace import open_run
 
 
@@ -94,7 +94,7 @@ def test_no_two_meanings_share_a_colour():
 
 
 def test_a_label_reads_without_underscores():
-    assert plots.label("recovered_magnitude_90") == "recovered magnitude 90"
+    assert style.label("recovered_magnitude_90") == "recovered magnitude 90"
 
 
 # --- figures ---
@@ -268,7 +268,7 @@ def test_tradeoff_has_a_point_and_a_name_a_model_the_best_on_top():
     best_first = table.iloc[::-1]
     shown, count = [text.get_text() for text in ax.texts], len(table)
     for number, (name, model) in enumerate(zip(shown[:count], best_first["model"], strict=True), 1):
-        assert name.strip().startswith(f"{number}  {plots.label(model)}, ")
+        assert name.strip().startswith(f"{number}  {style.label(model)}, ")
     assert sorted(shown[count:], key=int) == [str(number + 1) for number in range(count)]
     points = [container.lines[0].get_xydata()[0].tolist() for container in ax.containers]
     assert points == best_first[["latency_ms", "accuracy"]].to_numpy().tolist()
@@ -290,14 +290,14 @@ def test_show_saves_the_figure_and_its_reading_and_closes_it(tmp_path, monkeypat
     monkeypatch.setattr(style, "display", shown.append)
     run = open_run(get_profile("smoke"), 0)
     figure = plots.confusion(np.eye(2, dtype=int), ["negative", "positive"])
-    plots.show(run, "confusion", figure, "Half of them are right.")
+    style.show(run, "confusion", figure, "Half of them are right.")
     assert (run.reports / "figures" / "confusion.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((run.reports / "results.json").read_text())["captions"] == {
         "confusion": "Half of them are right."
     }
     svg = (run.reports / "figures" / "confusion.svg").read_text()
     assert "Half of them are right<" in svg and "<dc:date>" not in svg
-    plots.show(run, "again", plots.confusion(np.eye(2, dtype=int), ["negative", "positive"]), "Half of them are right.")
+    style.show(run, "again", plots.confusion(np.eye(2, dtype=int), ["negative", "positive"]), "Half of them are right.")
     assert (run.reports / "figures" / "again.svg").read_text() == svg
     assert shown[0] is figure
     assert not plt.fignum_exists(figure.number)
@@ -453,7 +453,7 @@ def test_unlearned_has_a_panel_a_domain_and_a_dot_a_row_and_starts_at_the_first_
     table = pd.DataFrame(rows, columns=["model", "domain", "bits_per_byte"])
     panels = drawn(plots.unlearned(table)).axes
     assert [ax.get_title(loc="left") for ax in panels] == domains
-    assert [text.get_text() for text in panels[0].get_yticklabels()] == [plots.label(name) for name in models]
+    assert [text.get_text() for text in panels[0].get_yticklabels()] == [style.label(name) for name in models]
     for j, ax in enumerate(panels):
         middle = 0.1 * (seeds - 1) / 2
         dots = [line for line in ax.lines if line.get_marker() == "o"]

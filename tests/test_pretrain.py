@@ -11,10 +11,11 @@ from conftest import in_two_processes
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from nbhelpers import models, pretrain
+from nbhelpers import data, models
 from nbhelpers.data import read_movie_reviews
-from nbhelpers.forgetting import bits_per_byte
-from nbhelpers.pretrain import FusedCrossEntropy, learning_rate_factor, windows
+from nbhelpers.study.forgetting import bits_per_byte
+from nbhelpers.tools import pretrain
+from nbhelpers.tools.pretrain import FusedCrossEntropy, learning_rate_factor, windows
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -176,8 +177,8 @@ def test_texts_are_cleaned_distinct_and_none_of_them_is_labelled(few_labelled, t
 def test_held_out_texts_are_two_hundred_cleaned_ones_evenly_spaced():
     texts, everything = pretrain.held_out_texts(), read_movie_reviews()["text"]
     assert len(texts) == len(set(texts)) == pretrain.HELD_OUT == 200
-    assert texts[3] == pretrain.clean_text(everything[375])
-    assert texts[-1] == pretrain.clean_text(everything[199 * 125])
+    assert texts[3] == data.clean_text(everything[375])
+    assert texts[-1] == data.clean_text(everything[199 * 125])
 
 
 def test_the_tokenizer_is_lossless_on_any_text_and_has_separate_special_tokens(tokenizer, corpus):

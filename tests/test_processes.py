@@ -8,12 +8,15 @@ import torch
 from conftest import fresh_accelerate, in_two_processes
 from safetensors.torch import load_file
 
-from nbhelpers import grid, processes
-from nbhelpers.experiments import dataset, split_logits
-from nbhelpers.masks import select
+from nbhelpers.pipeline import grid
 from nbhelpers.profiles import get_profile
-from nbhelpers.pruning import SCORES
-from nbhelpers.training import backward_in_parts, classification_loss, make_accelerator, part_of
+from nbhelpers.selection import select
+from nbhelpers.study import cells
+from nbhelpers.study.inputs import dataset
+from nbhelpers.study.predictions import split_logits
+from nbhelpers.study.scoring import SCORES
+from nbhelpers.training import classification_loss, distributed, make_accelerator
+from nbhelpers.training.loop import backward_in_parts, part_of
 from nbhelpers.workspace import open_run
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -46,7 +49,7 @@ def both(tmp_path_factory):
     run = open_run(get_profile("smoke", **SETTINGS), 0)
     with pytest.MonkeyPatch.context() as patch, fresh_accelerate():
         patch.setenv("NBHELPERS_ROOT", str(roots[1]))
-        for stage in grid.STAGES.values():
+        for stage in cells.STAGES.values():
             tables[1] = stage(run)
     tables[1] = json.loads(tables[1].to_json(orient="records"))
     return {number: root / ".artifacts" / "smoke" / "seed-0" for number, root in roots.items()}, tables
@@ -95,7 +98,7 @@ def test_the_same_artefacts_are_left_once_and_nothing_beside_them(both):
 def test_what_two_processes_have_left_one_takes_as_its_own(both, monkeypatch):
     monkeypatch.setenv("NBHELPERS_ROOT", str(both[0][2].parents[2]))
     run, before = open_run(get_profile("smoke", **SETTINGS), 0), (both[0][2] / "fine_tuned" / "artifact.json").stat()
-    grid.STAGES["finetune"](run)
+    cells.STAGES["finetune"](run)
     assert (both[0][2] / "fine_tuned" / "artifact.json").stat() == before
     assert split_logits(run, "fine_tuned", "test").shape == (len(dataset(run, "test")), 2)
 
@@ -143,11 +146,11 @@ def test_parts_add_up_to_the_gradient_of_the_whole_batch(toy_model, accumulation
 
 
 def test_alone_a_process_is_the_main_one_of_one():
-    assert (processes.count(), processes.index(), processes.is_main()) == (1, 0, True)
+    assert (distributed.world_size(), distributed.rank(), distributed.is_main_process()) == (1, 0, True)
     tensor = torch.tensor([1.0, 2.0])
-    assert processes.total(tensor) is tensor and tensor.tolist() == [1.0, 2.0]
-    assert processes.agree({"a": 1}) == {"a": 1}
-    processes.wait()
+    assert distributed.all_reduce(tensor) is tensor and tensor.tolist() == [1.0, 2.0]
+    assert distributed.broadcast({"a": 1}) == {"a": 1}
+    distributed.barrier()
 
 
 def test_a_launch_that_started_one_process_instead_of_several_is_refused(monkeypatch, capsys):

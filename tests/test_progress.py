@@ -11,8 +11,9 @@ import time
 
 import pytest
 
-from nbhelpers import execution, progress
-from nbhelpers.progress import LastLine, Lines, track
+from nbhelpers.pipeline import execution
+from nbhelpers.system import progress
+from nbhelpers.system.progress import LastLine, Lines, track
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

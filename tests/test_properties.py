@@ -24,10 +24,11 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from nbhelpers.evaluation import holm, mcnemar, sign_flip_test, wilson_interval
-from nbhelpers.masks import MaskKeeper, apply_masks, pack, select, select_lowest, threshold, unpack
+from nbhelpers.masks import MaskKeeper, apply_masks, pack, unpack
 from nbhelpers.models import prunable_weights
+from nbhelpers.selection import select, select_lowest, threshold
 from nbhelpers.sparse import SparseLinear, convert_to_sparse, kernels, load_sparse, save_sparse
-from nbhelpers.sparse.layers import to_csr
+from nbhelpers.sparse.formats import to_csr
 from nbhelpers.sparse.storage import FILE, pack_layer, unpack_layer
 
 # What hypothesis keeps between runs goes where all else that tests write goes.

@@ -10,13 +10,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from nbhelpers import criteria, experiments, pruning
+from nbhelpers import criteria
 from nbhelpers.evaluation import evaluate_accuracy, predict_logits, wilson_interval
-from nbhelpers.masks import MaskKeeper, select, select_structures
+from nbhelpers.masks import MaskKeeper, select_structures
 from nbhelpers.models import load_dense, prunable_weights, structures
 from nbhelpers.profiles import get_profile
-from nbhelpers.statistics import calibrate
+from nbhelpers.selection import select
+from nbhelpers.study import artefacts, conversion, inputs, predictions, pruning, scoring
 from nbhelpers.training import Recipe, train
+from nbhelpers.training.observers import calibrate
 from nbhelpers.workspace import Run, WorkspaceError, open_run
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -51,9 +53,9 @@ def assert_same_weights(one, other) -> None:
 
 
 def test_scores_are_the_criteria_of_the_weights_on_disk(study):
-    run, scores = study.run, pruning.score_weights(study.run)
+    run, scores = study.run, scoring.score_weights(study.run)
     after, before = (prunable_weights(load_dense(run.folder(name))) for name in ("fine_tuned", "pretrained"))
-    gradients = experiments.load_statistics(run, "fine_tuned")["mean_abs_gradient"]
+    gradients = artefacts.load_statistics(run, "fine_tuned")["mean_abs_gradient"]
     assert list(scores) == ["magnitude", "movement", "gradient"]
     for name, weight in after.items():
         assert torch.equal(scores["magnitude"][name], weight.abs())
@@ -62,8 +64,8 @@ def test_scores_are_the_criteria_of_the_weights_on_disk(study):
 
 
 def test_the_merge_is_the_worst_rank_of_the_three_criteria(study):
-    three = pruning.score_weights(study.run)
-    merged = pruning.scores_of(study.run, "merged")
+    three = scoring.score_weights(study.run)
+    merged = scoring.scores_of(study.run, "merged")
     ranks = []
     for scores in three.values():
         flat = np.concatenate([score.numpy().ravel() for score in scores.values()])
@@ -77,8 +79,8 @@ def test_the_merge_is_the_worst_rank_of_the_three_criteria(study):
 
 
 def test_comparators_are_computed_from_the_calibration_of_the_fine_tuned_model(study):
-    run, scores = study.run, pruning.score_weights(study.run, COMPARATORS)
-    data, model = experiments.dataset(run, "train"), run.load_model("fine_tuned")
+    run, scores = study.run, scoring.score_weights(study.run, COMPARATORS)
+    data, model = inputs.dataset(run, "train"), run.load_model("fine_tuned")
     chosen = np.linspace(0, len(data) - 1, 8).round().astype(int)
     expected = calibrate(model, [data.input_ids[i] for i in chosen], data.labels[chosen].tolist())
     assert set(data.labels[chosen]) == {0, 1}
@@ -90,7 +92,7 @@ def test_comparators_are_computed_from_the_calibration_of_the_fine_tuned_model(s
 
 def test_scores_without_a_fine_tuned_model_say_which_notebook_to_run(workspace):
     with pytest.raises(WorkspaceError, match=r"fine_tuned is missing .* run notebook 01"):
-        pruning.score_weights(open_run(get_profile("smoke"), 0))
+        scoring.score_weights(open_run(get_profile("smoke"), 0))
 
 
 # --- right after pruning ---
@@ -101,9 +103,9 @@ def test_pruned_logits_are_those_of_the_fine_tuned_model_without_its_lowest_scor
     run = study.run
     found = pruning.pruned_logits(run, criterion)
     assert found.shape == (2, 16, 2)
-    rows = experiments.dataset(run, "validation").input_ids
+    rows = inputs.dataset(run, "validation").input_ids
     for logits, sparsity in zip(found, run.profile.sparsities, strict=True):
-        model = zeroed(run.load_model("fine_tuned"), pruning.scores_of(run, criterion), sparsity)
+        model = zeroed(run.load_model("fine_tuned"), scoring.scores_of(run, criterion), sparsity)
         np.testing.assert_array_equal(logits, predict_logits(model, rows))
 
 
@@ -112,8 +114,8 @@ def test_pruned_curves_have_a_row_a_pruner_sparsity_and_seed(study):
     index = [(seed, p, s) for seed in (0, 1) for p in (*MAIN, *COMPARATORS, "sparsegpt") for s in (0.5, 0.9)]
     assert list(curves[["seed", "criterion", "sparsity"]].itertuples(index=False, name=None)) == index
     assert set(curves["stage"]) == {"pruned"} and set(curves["split"]) == {"validation"}
-    for one in experiments.runs_of(study.run):
-        labels = np.array(experiments.reviews_of(one.profile, one.seed)["validation"]["label"])
+    for one in inputs.runs_of(study.run):
+        labels = np.array(inputs.reviews_of(one.profile, one.seed)["validation"]["label"])
         rows = curves[(curves["seed"] == one.seed) & (curves["criterion"] == "movement")]
         for logits, row in zip(pruning.pruned_logits(one, "movement"), rows.itertuples(), strict=True):
             correct = logits.argmax(1) == labels
@@ -129,10 +131,10 @@ def test_the_main_sparsity_is_judged_right_after_pruning_also_where_the_profile_
 def test_sparsegpt_prunes_every_matrix_to_the_sparsity_and_moves_the_weights_that_stay(study):
     run = study.run
     dense = run.load_model("fine_tuned")
-    rows = pruning.calibration_rows(run, 128)
+    rows = scoring.calibration_rows(run, 128)
     assert len(rows[0]) == 48, "all training reviews, where there are no more"
     hessians = calibrate(run.load_model("fine_tuned"), *rows, hessians=True)["hessian"]
-    logits, validation = pruning.pruned_logits(run, "sparsegpt"), experiments.dataset(run, "validation")
+    logits, validation = pruning.pruned_logits(run, "sparsegpt"), inputs.dataset(run, "validation")
     for i, (sparsity, model) in enumerate(zip((0.5, 0.9), pruning.sparsegpt_models(run), strict=True)):
         for name, weight in prunable_weights(model).items():
             assert int((weight == 0).sum()) == round(sparsity * weight.numel()), name
@@ -173,7 +175,7 @@ def recovered_by_hand(run: Run, rate: float, scores: dict | None = None, sparsit
     recipe = Recipe(
         rate, 8, steps=3, weight_decay=0.01, warmup_share=0.1, max_grad_norm=1.0, precision="no", prefix_share=0.5
     )
-    train(model, experiments.dataset(run, "train"), recipe, seed=run.seed, mask_keeper=keeper)
+    train(model, inputs.dataset(run, "train"), recipe, seed=run.seed, mask_keeper=keeper)
     return model
 
 
@@ -183,9 +185,9 @@ def test_every_score_and_the_control_take_the_rate_that_was_best_for_them_on_val
     scan = pruning.scan_recovery_rates(run, what)
     asked = [(what, rate) for rate in rates]
     assert list(scan[["what", "learning_rate"]].itertuples(index=False, name=None)) == asked
-    scores = None if what == "control" else pruning.scores_of(run, what)
+    scores = None if what == "control" else scoring.scores_of(run, what)
     models = [recovered_by_hand(run, rate, scores) for rate in rates]
-    accuracy = [evaluate_accuracy(model, experiments.dataset(run, "validation")) for model in models]
+    accuracy = [evaluate_accuracy(model, inputs.dataset(run, "validation")) for model in models]
     assert scan["accuracy"].tolist() == accuracy
     best = accuracy.index(max(accuracy))
     assert pruning.recovery_rate(run, what) == rates[best]
@@ -207,7 +209,7 @@ def test_the_rate_is_the_first_of_the_best(study, monkeypatch):
 
 def test_other_sparsities_are_recovered_with_the_rate_of_the_main_one(study):
     run = study.run
-    model = recovered_by_hand(run, pruning.recovery_rate(run, "movement"), pruning.scores_of(run, "movement"), 0.5)
+    model = recovered_by_hand(run, pruning.recovery_rate(run, "movement"), scoring.scores_of(run, "movement"), 0.5)
     assert_same_weights(run.load_model("recovered_movement_50"), model)
 
 
@@ -242,27 +244,27 @@ def test_recovered_models_have_exactly_the_zeros_of_their_masks(study):
     assert list(zip(recovered["seed"], recovered["criterion"], strict=True)) == [one[:2] for one in asked]
     for row, (seed, criterion, sparsity) in zip(recovered.itertuples(), asked, strict=True):
         one = open_run(study.run.profile, seed)
-        model = one.load_model(experiments.model_name("recovered", criterion, sparsity))
-        by_hand = zeros_of(zeroed(one.load_model("fine_tuned"), pruning.scores_of(one, criterion), sparsity))
+        model = one.load_model(artefacts.model_name("recovered", criterion, sparsity))
+        by_hand = zeros_of(zeroed(one.load_model("fine_tuned"), scoring.scores_of(one, criterion), sparsity))
         found = zeros_of(model)
         assert all(torch.equal(zeros, by_hand[name]) for name, zeros in found.items())
         total, zeros = (sum(f(z) for z in found.values()) for f in (torch.numel, lambda z: int(z.sum())))
         assert zeros == round(sparsity * total)
         assert row.sparsity == pytest.approx(zeros / total)
-        assert row.accuracy == evaluate_accuracy(model, experiments.dataset(one, "validation"))
+        assert row.accuracy == evaluate_accuracy(model, inputs.dataset(one, "validation"))
         assert row.revived == 0
 
 
 def test_the_dense_control_had_the_same_extra_steps_as_every_recovery(study):
-    recovered = [experiments.model_name("recovered", c, s) for c, s in pruning.recoveries(study.run)]
-    for one in experiments.runs_of(study.run):
+    recovered = [artefacts.model_name("recovered", c, s) for c, s in pruning.recoveries(study.run)]
+    for one in inputs.runs_of(study.run):
         names = ["fine_tuned_extra", *recovered]
-        assert {experiments.read_history(one, name)["steps"].iloc[-1] for name in names} == {3}
+        assert {artefacts.read_history(one, name)["steps"].iloc[-1] for name in names} == {3}
 
 
 def test_the_other_ways_to_recover_end_at_the_same_masks_with_other_weights(study):
     run = study.run
-    masks = select(pruning.scores_of(run, "merged"), 0.9)
+    masks = select(scoring.scores_of(run, "merged"), 0.9)
     ways = [pruning.recover_otherwise(run, way, "merged", 0.9) for way in ("gradual", "taught")]
     assert ways == ["gradual_merged_90", "taught_merged_90"]
     models = [run.load_model(name) for name in ("recovered_merged_90", *ways)]
@@ -270,7 +272,7 @@ def test_the_other_ways_to_recover_end_at_the_same_masks_with_other_weights(stud
         assert all(torch.equal(weight != 0, masks[name]) for name, weight in prunable_weights(model).items())
     heads = [model.score.weight for model in models]
     assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
-    assert {experiments.read_history(run, name)["steps"].max() for name in ways} == {3}
+    assert {artefacts.read_history(run, name)["steps"].max() for name in ways} == {3}
 
 
 def test_recovered_curves_are_of_all_seeds(study):
@@ -280,18 +282,18 @@ def test_recovered_curves_are_of_all_seeds(study):
     assert set(curves["stage"]) == {"recovered"} and set(curves["split"]) == {"test"}
     for row in curves[curves["criterion"] == "gradient"].itertuples():
         one = open_run(study.run.profile, row.seed)
-        reviews = experiments.reviews_of(one.profile, row.seed)["test"]
-        name = experiments.model_name("recovered", "gradient", row.sparsity)
+        reviews = inputs.reviews_of(one.profile, row.seed)["test"]
+        name = artefacts.model_name("recovered", "gradient", row.sparsity)
         right = (one.predict(name, reviews["text"][:]) > 0.5) == np.array(reviews["label"])
         assert row.accuracy == right.mean()
 
 
 def test_the_best_criterion_is_that_of_the_mean_over_seeds_on_validation(study, monkeypatch):
-    labels = np.array(experiments.reviews_of(study.run.profile, 0)["validation"]["label"])
-    texts = experiments.reviews_of(study.run.profile, 0)["validation"]["text"][:]
+    labels = np.array(inputs.reviews_of(study.run.profile, 0)["validation"]["label"])
+    texts = inputs.reviews_of(study.run.profile, 0)["validation"]["text"][:]
     mean, other = {}, pruning.best_comparator(study.run)
     for criterion in (*MAIN, other):
-        answers = [one.predict(f"recovered_{criterion}_90", texts) > 0.5 for one in experiments.runs_of(study.run)]
+        answers = [one.predict(f"recovered_{criterion}_90", texts) > 0.5 for one in inputs.runs_of(study.run)]
         mean[criterion] = (np.stack(answers) == labels).mean()
     assert mean[pruning.best_criterion(study.run)] == max(mean.values())
     by_seed = {"magnitude": (0.9, 0.5), "movement": (0.7, 0.8), "gradient": (0.6, 0.85), "merged": (0.7, 0.7)}
@@ -299,8 +301,8 @@ def test_the_best_criterion_is_that_of_the_mean_over_seeds_on_validation(study, 
     known = {(seed, f"recovered_{c}_90"): a for c, each in by_seed.items() for seed, a in enumerate(each)}
     monkeypatch.setattr(pruning, "validation_accuracy", lambda run, name: known[run.seed, name])
     assert pruning.best_criterion(study.run) == "movement"
-    expected = select(pruning.scores_of(study.run, "movement"), 0.7)
-    assert all(torch.equal(expected[name], mask) for name, mask in pruning.masks_of(study.run, 0.7).items())
+    expected = select(scoring.scores_of(study.run, "movement"), 0.7)
+    assert all(torch.equal(expected[name], mask) for name, mask in conversion.masks_of(study.run, 0.7).items())
     known |= {(seed, f"recovered_{other}_90"): 0.76 for seed in (0, 1)}
     assert pruning.best_criterion(study.run) == other, "a comparator that is better is taken"
 
@@ -314,14 +316,14 @@ def test_there_is_no_best_criterion_before_all_are_recovered(workspace):
 
 
 def test_converted_are_the_sparsities_of_recovery_from_80_percent_on_and_the_main_one():
-    assert pruning.converted_sparsities(get_profile("thorough")) == (0.8, 0.9, 0.95)
+    assert conversion.converted_sparsities(get_profile("thorough")) == (0.8, 0.9, 0.95)
     low = get_profile("smoke", recovery_sparsities="0.5,0.6,0.8", main_sparsity="0.6")
-    assert pruning.converted_sparsities(low) == (0.6, 0.8)
+    assert conversion.converted_sparsities(low) == (0.6, 0.8)
 
 
 def test_the_sparse_model_computes_what_the_recovered_one_does(study):
     names = (f"{stage}_{study.best}_90" for stage in ("sparse", "recovered"))
-    sparse, dense = (experiments.split_logits(study.run, name, "test") for name in names)
+    sparse, dense = (predictions.split_logits(study.run, name, "test") for name in names)
     # float32 sums of at most 128 terms in another order, through two blocks.
     np.testing.assert_allclose(sparse, dense, atol=1e-4)
 
@@ -330,9 +332,9 @@ def test_a_compact_model_says_what_the_structured_one_says(study):
     run = study.run
     names = [f"{stage}_{study.best}_50" for stage in ("structured", "compact")]
     masked, small = (run.load_model(name) for name in names)
-    scores = pruning.scores_of(run, study.best)
+    scores = scoring.scores_of(run, study.best)
     masks = select_structures(scores, structures(run.load_model("fine_tuned")), 0.5)
     assert all(torch.equal(weight != 0, masks[name]) for name, weight in prunable_weights(masked).items())
-    logits = [experiments.split_logits(run, name, "validation") for name in names]
+    logits = [predictions.split_logits(run, name, "validation") for name in names]
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4)
     assert sum(small.config.kept_neurons) < 2 * 4 * masked.config.n_embd

@@ -8,11 +8,11 @@ import pytest
 from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score
 
-from nbhelpers import search
-from nbhelpers.evaluation import mcnemar
-from nbhelpers.experiments import dataset
-from nbhelpers.models import create_model, predict_logits
+from nbhelpers.evaluation import mcnemar, predict_logits
+from nbhelpers.models import create_model
 from nbhelpers.profiles import get_profile
+from nbhelpers.study.inputs import dataset
+from nbhelpers.tools import search
 from nbhelpers.workspace import WorkspaceError, open_run
 
 SMALL = {"train_size": 16, "precision": "no", "seeds": 1, "learning_rate": 1e-2}

@@ -17,6 +17,8 @@ from nbhelpers.sparse import (
     SparseLinear,
     convert_gpt2_to_sparse,
     count_actual_params,
+    engines,
+    formats,
     kernels,
     layers,
     load_sparse,
@@ -190,7 +192,7 @@ def test_training_and_other_types_are_refused():
 
 def test_auto_takes_the_engine_that_measured_best(monkeypatch):
     """On a clock that only the engines move, so that a busy machine does not decide."""
-    layers.choose_backend.cache_clear()
+    engines.choose_backend.cache_clear()
     clock, calls = [0.0], []
     monkeypatch.setattr(layers, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
@@ -209,13 +211,13 @@ def test_auto_takes_the_engine_that_measured_best(monkeypatch):
                 patch.setattr(kernels, name, taking(1 + (name == slow), getattr(kernels, name)))
             assert SparseLinear.from_dense(module, tokens=64).backend == expected
             assert SparseLinear.from_dense(module, tokens=64).backend == expected
-        layers.choose_backend.cache_clear()
+        engines.choose_backend.cache_clear()
     # Measured once: a warm-up and two clear trials of each engine, for either outcome.
     assert sorted(calls) == ["dense"] * 6 + ["multiply"] * 6
 
 
 def test_a_missing_numba_is_announced_once(monkeypatch):
-    layers.announce_missing_numba.cache_clear()
+    engines.announce_missing_numba.cache_clear()
     monkeypatch.setattr(kernels, "numba", None)
     monkeypatch.setattr(kernels, "MISSING", "No module named 'numba'", raising=False)
     module, weight, bias = linear(12, 20, 0.5)
@@ -224,7 +226,7 @@ def test_a_missing_numba_is_announced_once(monkeypatch):
     assert len(caught) == 1 and made[0].backend == "torch_csr"
     x = torch.randn(5, 12)
     assert_product(made[0](x), x.double() @ weight.t() + bias, weight, x)
-    layers.announce_missing_numba.cache_clear()
+    engines.announce_missing_numba.cache_clear()
 
 
 # --- the model ---
@@ -342,7 +344,7 @@ def test_the_round_trip_is_exact(tmp_path, backend):
             assert torch.equal(one[name], two[name])
     layer = loaded.transformer.h[0].attn.c_attn
     assert layer.backend == backend
-    weight = layers.to_weight(layer.csr(), layer.in_features).t()[3, :5].contiguous()
+    weight = formats.to_weight(layer.csr(), layer.in_features).t()[3, :5].contiguous()
     assert weight.view(torch.int32).tolist() == [0x7FC12345, 0x7F800000, 1, 0, 0x3F800001]  # -0.0 counts as pruned
 
 

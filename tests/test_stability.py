@@ -9,9 +9,9 @@ import torch
 from sklearn.metrics import cohen_kappa_score
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from nbhelpers import stability
 from nbhelpers.masks import pack
 from nbhelpers.models import prunable_weights, structures
+from nbhelpers.study import stability
 
 SHAPES = {"t.h.0.attn.c_attn.weight": (8, 24), "t.h.0.mlp.c_fc.weight": (8, 32), "t.h.1.mlp.c_proj.weight": (5, 3)}
 

@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from nbhelpers.models import prunable_weights
-from nbhelpers.statistics import FirstOrderMovement, calibrate
+from nbhelpers.training.observers import FirstOrderMovement, calibrate
 
 REVIEWS, LABELS = [[3, 4, 5], [6, 7], [8, 9, 3, 4, 5, 2], [1]], [0, 1, 1, 0]
 

@@ -13,23 +13,18 @@ from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from nbhelpers import experiments, grid
-from nbhelpers.checkpoints import load_optimizer_tensors, optimizer_tensors
 from nbhelpers.data import IMDbDataset, make_loader
+from nbhelpers.distillation import distillation_loss
 from nbhelpers.evaluation import evaluate_accuracy
-from nbhelpers.masks import MaskKeeper, select
+from nbhelpers.masks import MaskKeeper
 from nbhelpers.models import prunable_weights
+from nbhelpers.pipeline import grid
 from nbhelpers.profiles import get_profile
-from nbhelpers.statistics import GradientMagnitude
-from nbhelpers.training import (
-    Recipe,
-    classification_loss,
-    distillation_loss,
-    mixed_precision,
-    parameter_groups,
-    recipe_for,
-    train,
-)
+from nbhelpers.selection import select
+from nbhelpers.study import fine_tuning, inputs
+from nbhelpers.training import Recipe, classification_loss, mixed_precision, parameter_groups, recipe_for, train
+from nbhelpers.training.checkpoints import load_optimizer_tensors, optimizer_tensors
+from nbhelpers.training.observers import GradientMagnitude
 from nbhelpers.workspace import open_run
 
 RECIPE = Recipe(learning_rate=1e-2, batch_size=8, epochs=2, precision="no")
@@ -515,8 +510,8 @@ def test_the_command_leaves_the_artefacts_of_all_seeds_that_the_notebook_finds(w
     command(monkeypatch, "finetune", "--profile", "smoke", "--set", "precision=no")
     assert "accuracy" in capsys.readouterr().out
     monkeypatch.setattr(experiments, "train", lambda *_, **__: pytest.fail("trained again"))
-    for run in experiments.runs_of(open_run(get_profile("smoke", precision="no"), 0)):
-        experiments.finetune_model(run)
+    for run in inputs.runs_of(open_run(get_profile("smoke", precision="no"), 0)):
+        fine_tuning.finetune_model(run)
 
 
 @pytest.mark.parametrize(

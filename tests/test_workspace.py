@@ -15,9 +15,10 @@ import pandas as pd
 import pytest
 import torch
 
-from nbhelpers import workspace as workspace_module
 from nbhelpers.profiles import get_profile
-from nbhelpers.workspace import WorkspaceError, maker_of, open_run, replace_folder, save_tensors, write_text
+from nbhelpers.system import machine
+from nbhelpers.system.files import replace_folder, write_text
+from nbhelpers.workspace import WorkspaceError, maker_of, open_run, save_tensors
 
 PROJECT = Path(__file__).parent.parent
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}
@@ -80,7 +81,7 @@ def test_the_effort_is_that_of_the_artefacts_of_all_seeds(workspace):
         made = {"seconds": seconds, "versions": {"device": device, "torch": "2.13.0"}}
         (folder / "artifact.json").write_text(json.dumps(record | made))
     run.record_effort()
-    effort = {"process_minutes": 2.25, "cores": workspace_module.cores()}
+    effort = {"process_minutes": 2.25, "cores": machine.cores()}
     assert run.results()["effort"] == effort | {
         "device_minutes": {"A card (torch 2.13.0)": 1.5, "A chip (torch 2.13.0)": 0.75}
     }

@@ -8,7 +8,8 @@ and one scale (symmetric per-row quantization).
 import torch
 from torch import nn
 
-from nbhelpers.sparse.layers import quantize_rows, sparse_layers
+from nbhelpers.sparse.formats import quantize_rows
+from nbhelpers.sparse.layers import sparse_layers
 
 
 class Int8Embedding(nn.Module):

@@ -1,20 +1,15 @@
 """A linear layer whose pruned weights are gone: not stored, not read, not multiplied."""
 
-import functools
-import time
-import warnings
-
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from nbhelpers.sparse import kernels
+from nbhelpers.sparse.engines import ENGINES, announce_missing_numba, choose_backend
+from nbhelpers.sparse.formats import quantize_rows, row_numbers, to_csr, to_weight
 
 BACKENDS = ("auto", "numba", "torch_csr", "dense")
 TYPICAL_TOKENS = 1024  # about eight reviews: what "auto" measures with
-TRIALS = 5
-LEVELS = 127  # of int8, as many on either side of zero
-CLEAR = 1.5  # a lead after which no more trials are needed
 
 
 class Float32Inference(nn.Module):
@@ -136,105 +131,3 @@ def sparse_names(model: nn.Module) -> list[str]:
 def sparse_layers(model: nn.Module) -> list[SparseLinear]:
     """A model's sparse layers."""
     return [model.get_submodule(name) for name in sparse_names(model)]
-
-
-# --- engines and their choice ---
-
-
-def numba_engine(x: torch.Tensor, matrix: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The kernel of ``kernels.py``, which runs on the CPU."""
-    if x.device.type != "cpu" or matrix[0].device.type != "cpu":
-        raise RuntimeError('the backend "numba" runs on the CPU: convert the model where it will run')
-    return kernels.multiply(x, matrix)
-
-
-ENGINES = {"numba": numba_engine, "torch_csr": kernels.torch_csr}
-
-
-@functools.cache
-def choose_backend(out_features: int, in_features: int, density: float, tokens: int, device: str) -> str:
-    """The engine that is fastest for a random matrix of this shape and density; measured once in a process.
-
-    The engines take turns and the best of a few trials counts, so that other programs disturb the choice little.
-    """
-    matrix, x = random_matrix(out_features, in_features, density, device), torch.randn(tokens, in_features).to(device)
-    weight, engines = to_weight(matrix, in_features), {}
-    if device == "cpu" and kernels.numba is not None:
-        engines["numba"] = lambda: kernels.multiply(x, matrix)
-    else:
-        if device == "cpu":
-            announce_missing_numba()
-        engines["torch_csr"] = lambda: kernels.torch_csr(x, matrix)
-    engines["dense"] = lambda: kernels.dense(x, weight, matrix[3])
-    best = dict.fromkeys(engines, float("inf"))
-    with torch.inference_mode():
-        for trial in range(TRIALS + 1):
-            for name, run in engines.items():
-                started = time.perf_counter()
-                run()
-                if device != "cpu":
-                    torch.cuda.synchronize()
-                if trial:  # the first one compiles and warms the caches
-                    best[name] = min(best[name], time.perf_counter() - started)
-            if trial > 1 and max(best.values()) > CLEAR * min(best.values()):
-                break
-    return min(best, key=best.get)
-
-
-@functools.cache
-def announce_missing_numba() -> None:
-    """Say once that the fast engine is missing."""
-    warnings.warn(f"sparse layers run on torch's CSR, which is slower: {kernels.MISSING}", stacklevel=3)
-
-
-# --- formats ---
-
-
-def to_csr(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(values, columns, starts) of the weights of [out, in] that are not zero; NaN is kept."""
-    return mask_to_csr(weight != 0, weight[weight != 0])
-
-
-def mask_to_csr(mask: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """CSR of the values [nnz] that stand, row by row, where the mask [out, in] is True."""
-    starts = torch.zeros(len(mask) + 1, dtype=torch.int32, device=mask.device)
-    starts[1:] = mask.sum(1).cumsum(0)
-    return values, mask.nonzero()[:, 1].to(torch.int32), starts
-
-
-def row_numbers(starts: torch.Tensor) -> torch.Tensor:
-    """The row [nnz] of each value of a matrix in CSR."""
-    return torch.arange(len(starts) - 1, device=starts.device).repeat_interleave(starts.diff())
-
-
-def to_mask(matrix: tuple[torch.Tensor, ...], in_features: int) -> torch.Tensor:
-    """Where [out, in] has weights left."""
-    _, columns, starts, bias = matrix
-    mask = torch.zeros(len(bias), in_features, dtype=torch.bool, device=columns.device)
-    mask[row_numbers(starts), columns] = True
-    return mask
-
-
-def to_weight(matrix: tuple[torch.Tensor, ...], in_features: int) -> torch.Tensor:
-    """The dense weight [out, in] with zeros where weights are gone."""
-    mask = to_mask(matrix, in_features)
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter_(mask, matrix[0])
-
-
-def random_matrix(out_features: int, in_features: int, density: float, device: str = "cpu") -> tuple:
-    """A random matrix in CSR with a bias, the same one each time."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(out_features, in_features, generator=generator)
-    mask = torch.rand(weight.shape, generator=generator) < density
-    matrix = *mask_to_csr(mask, weight[mask]), torch.randn(out_features, generator=generator)
-    return tuple(tensor.to(device) for tensor in matrix)
-
-
-def quantize_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 [n] and scales float32 [count] for values [n] that stand in the rows [n] of ``count``.
-
-    A value is its number times its row's scale, to within half a scale; a row of zeros has the scale 1.
-    """
-    largest = torch.zeros(count).scatter_reduce(0, rows, values.abs(), "amax")
-    scale = torch.where(largest > 0, largest / LEVELS, 1.0)
-    return (values / scale[rows]).round().to(torch.int8), scale

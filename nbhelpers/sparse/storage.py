@@ -24,8 +24,9 @@ from torch import nn
 
 from nbhelpers.models import load_config
 from nbhelpers.sparse.decoder import empty_like
+from nbhelpers.sparse.formats import mask_to_csr, row_numbers, to_mask
 from nbhelpers.sparse.gpt2 import fill
-from nbhelpers.sparse.layers import SparseLinear, mask_to_csr, row_numbers, sparse_names, to_mask
+from nbhelpers.sparse.layers import SparseLinear, sparse_names
 
 FILE = "sparse.safetensors"
 

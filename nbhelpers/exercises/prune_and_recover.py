@@ -1,0 +1,172 @@
+"""Checks of notebook 03's exercises."""
+
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2ForSequenceClassification
+
+from nbhelpers.criteria import merge_scores
+from nbhelpers.exercises.checking import (
+    INVERTED,
+    SHARE,
+    SIGNED,
+    Hint,
+    Tensors,
+    by_name,
+    call,
+    check,
+    compare,
+    drops_lowest,
+    equal,
+    mask,
+    match,
+    near,
+    number,
+    tensor,
+)
+from nbhelpers.masks import MaskKeeper
+from nbhelpers.models import prunable_weights
+from nbhelpers.selection import select
+from nbhelpers.training.observers import calibrate
+
+# --- 03 ---
+
+
+@check
+def check_mask(answer, weights: torch.Tensor, sparsity: float):
+    """The mask that drops the share of a matrix with the smallest magnitudes: True = kept."""
+    kept, score = mask(answer, weights.shape), weights.abs()
+    wanted, gone = round(sparsity * score.numel()), int((~kept).sum())
+    if gone == wanted and drops_lowest(kept, score):
+        return "multiplied with the weights this is the pruned matrix; the mask itself needs one bit a weight."
+    if gone == score.numel() - wanted and drops_lowest(~kept, score):
+        raise Hint(INVERTED)
+    if gone != wanted:
+        raise Hint(f"the mask drops too {'many' if gone > wanted else 'few'} weights for this sparsity")
+    if drops_lowest(~kept, score):
+        raise Hint("the largest weights are dropped: sorted the wrong way")
+    if drops_lowest(kept, weights):
+        raise Hint("sorted with their signs: by magnitude, a weight far below zero is a large one")
+    if len(set((~kept).sum(1).tolist())) == 1 and all(map(drops_lowest, kept, score)):
+        raise Hint("every row loses the same number: asked is one threshold for the whole matrix")
+    raise Hint("the number of dropped weights is right, but some that are kept are smaller than some that are dropped")
+
+
+@check
+def check_halfway(answer, share: float):
+    """At which share of its steps a cubic schedule has reached this share of its final sparsity."""
+    left = (1 - share) ** (1 / 3)
+    mistakes = {
+        "that would be a linear schedule": share,
+        "that is the share of the steps that is still to come": left,
+        "that is a schedule that starts slowly: this one is fast at first": share ** (1 / 3),
+        "that is the sparsity after this share of the steps: turn it round": 1 - (1 - share) ** 3,
+    }
+    compare(answer, SHARE, 1 - left, mistakes, "Solve for t what the function cubic_sparsity computes.")
+    return "most weights go early, while there are many useless ones and much training is still to come."
+
+
+@check
+def check_against_control(answer, recovered: float, control: float, dense: float):
+    """How many points of accuracy a recovered model is above its fair line, the dense model with the same steps."""
+    points = 100 * (recovered - control)
+    mistakes = {
+        "that is against the dense model without the extra steps: not the fair line": 100 * (recovered - dense),
+        "the sign is the other way round: above the line is positive": -points,
+        "that is what the extra steps did to the dense model": 100 * (control - dense),
+        "that is the accuracy: asked is the difference to a line": 100 * recovered,
+    }
+    # A share is a hundredth of it, which 0.06 points could not tell from none.
+    if abs(points) > 1 and near(number(answer, "a number of points"), points / 100):
+        raise Hint("that is a share: a point is a hundredth of it")
+    look = "Which of the models had as many steps as the recovered one, and no weight removed?"
+    compare(answer, "a number of points", points, mistakes, look, 0.06)
+    return "against the dense model without extra steps, a recovery would be praised for what training alone does."
+
+
+@check
+def check_merges_overlap(answer, scores: dict[str, Tensors], sparsity: float):
+    """Of the weights that the merge by "all" drops, the share that the merge by "mean_rank" drops as well."""
+
+    def gone(agreement: str) -> torch.Tensor:
+        return torch.cat([~m.flatten() for m in select(merge_scores(scores, agreement), sparsity).values()])
+
+    a, b = gone("all"), gone("mean_rank")
+    both, dropped, neither = int((a & b).sum()), int(a.sum()), int((~a & ~b).sum())
+    mistakes = {
+        "that is the overlap of the kept weights, not of the dropped ones": neither / max(1, len(a) - dropped),
+        "that divides by the weights that either drops (Jaccard): divide by those of one": both / int((a | b).sum()),
+        "that is a share of all weights: divide by the number of dropped ones": both / len(a),
+        "the weights that both keep are counted as well": (both + neither) / len(a),
+        "that is the share that the other does not drop": 1 - both / dropped,
+    }
+    look = "Make the masks of both merges at this sparsity, and count what both drop."
+    compare(answer, SHARE, both / dropped, mistakes, look)
+    return "at a high sparsity two merges share most of what they drop, as any two must; accuracy tells them apart."
+
+
+def mean_gradient(model: nn.Module, rows: list[list[int]], labels: list[int]) -> Tensors:
+    """|gradient of the mean loss|: what one backward pass over a batch gives, in which signs cancel."""
+    model.zero_grad()
+    for ids, label in zip(rows, labels, strict=True):
+        logits = model(input_ids=torch.tensor([ids])).logits
+        (nn.functional.cross_entropy(logits, torch.tensor([label])) / len(rows)).backward()
+    found = {name: weight.grad.abs() for name, weight in prunable_weights(model).items()}
+    model.zero_grad()
+    return found
+
+
+@check
+def check_taylor(answer, model: nn.Module, rows: list[list[int]], labels: list[int]):
+    """Taylor scores from some reviews: |w| times the mean over reviews of |dL/dw|, {parameter name: tensor}."""
+    weights = {name: weight.detach() for name, weight in prunable_weights(model).items()}
+    found, seen = by_name(answer, weights, tensor, "tensor"), calibrate(model, rows, labels)
+    gradient, squared = seen["calibration_gradient"], seen["squared_gradient"]
+    right = {n: w.abs() * gradient[n] for n, w in weights.items()}
+    mistakes = {
+        "that is the sum over the reviews: divide by their number": lambda: {
+            n: len(rows) * s for n, s in right.items()
+        },
+        "that is the gradient alone: |w| is missing": gradient,
+        SIGNED: lambda: {n: w * gradient[n] for n, w in weights.items()},
+        "that is Fisher, of second order: there is no square in Taylor": lambda: {
+            n: w.square() * squared[n] / 2 for n, w in weights.items()
+        },
+        "gradients of reviews have cancelled: take |gradient| of each review first, then the mean": lambda: {
+            n: weights[n].abs() * g for n, g in mean_gradient(model, rows, labels).items()
+        },
+    }
+    look = "these are other reviews or another score: use the rows and labels given, review by review"
+    match(found, right, mistakes, look, equal)
+    return "a handful of reviews is enough for a score; pruning with it shows what more of them would add."
+
+
+def smallest_model() -> GPT2ForSequenceClassification:
+    """A GPT-2 of a few random weights, made without touching the random numbers of others."""
+    sizes = {"n_embd": 4, "n_layer": 1, "n_head": 1, "n_positions": 4, "vocab_size": 4, "pad_token_id": 0}
+    with torch.random.fork_rng(devices=[]):
+        return GPT2ForSequenceClassification(GPT2Config(**sizes))
+
+
+@check
+@torch.no_grad()
+def check_keeper(answer):
+    """A ``MaskKeeper`` that lets the gradients of dropped weights through and still keeps these weights at zero."""
+    if not (isinstance(answer, type) and issubclass(answer, MaskKeeper)):
+        raise Hint("a class is wanted that inherits from masks.MaskKeeper (the class itself, not an object of it)")
+    model = smallest_model()
+    weights = prunable_weights(model)
+    kept = {name: torch.arange(weight.numel()).view(weight.shape) % 2 == 0 for name, weight in weights.items()}
+    keeper = call(answer, model, kept)
+    for weight in weights.values():
+        weight.grad = torch.ones_like(weight)
+    call(keeper.mask_gradients)
+    if any(weight.grad is None or (weight.grad[kept[name]] != 1).any() for name, weight in weights.items()):
+        raise Hint("the gradients of kept weights have changed")
+    if any((weight.grad[~kept[name]] != 1).any() for name, weight in weights.items()):
+        raise Hint("the gradients of dropped weights are still changed: override the method that does it")
+    for weight in weights.values():
+        weight.add_(1.0)  # a step of the optimizer
+    call(keeper.apply)
+    if any((weight[~kept[name]] != 0).any() for name, weight in weights.items()):
+        raise Hint("after a step the dropped weights are not zero any more: leave apply as it is")
+    return "no weight revives, yet gradients that can change nothing count in the norm by which all are clipped."

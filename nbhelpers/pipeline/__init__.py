@@ -1,0 +1,1 @@
+"""Runs the notebooks through papermill, in order, and their heavy parts in several processes."""

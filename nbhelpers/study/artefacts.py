@@ -1,0 +1,85 @@
+"""Models and statistics of a run as files: their names, how they are saved and read back, their bytes."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from nbhelpers.models import load_config, save_dense
+from nbhelpers.sparse import save_sparse
+from nbhelpers.training import distributed
+from nbhelpers.workspace import Run, save_tensors
+
+
+def model_name(stage: str, criterion: str, sparsity: float) -> str:
+    """Return ``recovered_magnitude_90`` and the like; tenths of a percent are kept where there are any."""
+    return f"{stage}_{criterion}_{f'{100 * sparsity:g}'.replace('.', 'p')}"
+
+
+def is_sparse(run: Run, name: str) -> bool:
+    """Return whether a model of a run computes on sparse engines."""
+    return run.artifact(name)["kind"] == "sparse"
+
+
+def on_device(run: Run, name: str) -> torch.nn.Module:
+    """Return a model of a run on the device that computes; a sparse one on the CPU, for which its kernels are."""
+    return run.load_model(name) if is_sparse(run, name) else run.load_model(name).to(distributed.device())
+
+
+def layer_count(run: Run, name: str) -> int:
+    """Return how many transformer blocks a model of a run has."""
+    return load_config(run.folder(name)).num_hidden_layers
+
+
+# --- saving and reading ---
+
+
+def write_history(folder: Path, history: list[dict]) -> None:
+    """Write the learning curve of a training, as ``read_history`` reads it."""
+    (folder / "history.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
+
+
+def read_history(run: Run, name: str) -> pd.DataFrame:
+    """Return the learning curve of a model: epoch, steps, loss, losses (per step), accuracy (validation), seconds."""
+    return pd.DataFrame(json.loads((run.folder(name) / "history.json").read_text(encoding="utf-8")))
+
+
+def save_trained(model, history: list[dict], folder: Path) -> None:
+    """Write a dense model and its learning curve."""
+    save_dense(model, folder)
+    write_history(folder, history)
+
+
+def save_statistics(folder: Path, statistics: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Write {statistic: {parameter name: tensor}}, as ``load_statistics`` reads it."""
+    save_tensors(folder, {f"{key}/{name}": t for key, tensors in statistics.items() for name, t in tensors.items()})
+
+
+def load_statistics(run: Run, artefact: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the statistics of an artefact: {statistic: {parameter name: tensor}}."""
+    found = {}
+    for key, tensor in run.load_tensors(artefact).items():
+        statistic, name = key.split("/", 1)
+        found.setdefault(statistic, {})[name] = tensor
+    return found
+
+
+# --- bytes ---
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold a model's weights; statistics that lie beside them are not among them."""
+    return [*folder.glob("model*.safetensors"), *folder.glob("sparse.safetensors")]
+
+
+def model_bytes(run: Run, name: str) -> int:
+    """Return the bytes of a model's weight files."""
+    return sum(path.stat().st_size for path in weight_files(run.folder(name)))
+
+
+def sparse_bytes(model) -> int:
+    """Return the bytes that the weights of a sparse model would take on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        return sum(path.stat().st_size for path in weight_files(save_sparse(model, folder)))

@@ -1,0 +1,76 @@
+"""TF-IDF with logistic regression: the line that a neural model has to beat, tuned as carefully."""
+
+import functools
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+
+from nbhelpers.study.choices import decide, read_choice
+from nbhelpers.study.inputs import reviews_fingerprint, reviews_of
+from nbhelpers.study.predictions import check_declared
+from nbhelpers.system.progress import progress
+from nbhelpers.workspace import Run, save_tensors
+
+# Twelve settings, as many as the neural models' trials; the first is the usual one, and wins where others are equal.
+TRIALS = [(2, 10.0), *((n, c) for n in (1, 2) for c in (0.3, 1.0, 3.0, 10.0, 30.0, 100.0) if (n, c) != (2, 10.0))]
+
+
+def make_vectorizer(words: int) -> TfidfVectorizer:
+    """Return TF-IDF of single words (1) or of words and word pairs (2) that occur in at least two reviews."""
+    return TfidfVectorizer(ngram_range=(1, words), min_df=2, sublinear_tf=True)
+
+
+def make_classifier(c: float) -> LogisticRegression:
+    """Return logistic regression with the inverse regularisation strength c."""
+    return LogisticRegression(C=c, max_iter=1000)
+
+
+def tune_tfidf(run: Run) -> pd.Series:
+    """Decide ``choice_tfidf``: n-grams and regularisation of the best validation accuracy among ``TRIALS``."""
+    parts = reviews_of(run.profile, run.seed)
+    truth, learned = np.array(parts["validation"]["label"][:]), parts["train"]["label"][:]
+    rows = []
+    for words in dict.fromkeys(words for words, _ in TRIALS):
+        vectorizer = make_vectorizer(words)
+        train = vectorizer.fit_transform(parts["train"]["text"][:])
+        validation = vectorizer.transform(parts["validation"]["text"][:])
+        for c in (c for trial_words, c in TRIALS if trial_words == words):
+            right = make_classifier(c).fit(train, learned).predict(validation) == truth
+            rows.append({"words": words, "c": c, "accuracy": float(right.mean())})
+    return decide(run, "tfidf", pd.DataFrame(rows), made_by="01")
+
+
+@functools.lru_cache(maxsize=4)
+def fit_tfidf(run: Run) -> Pipeline:
+    """Tune TF-IDF and logistic regression, and fit them on the training reviews of a run, once per process."""
+    part = reviews_of(run.profile, run.seed)["train"]
+    with progress(None, "fitting TF-IDF with logistic regression"):
+        tune_tfidf(run)
+        chosen = read_choice(run, "tfidf")
+        pipeline = make_pipeline(make_vectorizer(chosen["words"]), make_classifier(chosen["c"]))
+        return pipeline.fit(part["text"][:], part["label"][:])
+
+
+def tfidf_logits(run: Run, split: str) -> np.ndarray:
+    """Artefact ``logits_tfidf_<split>``: log-probabilities [n, 2] of TF-IDF on a split, computed once.
+
+    On "test" only where ``predictions.open_test`` has declared "tfidf".
+    """
+    check_declared(run, "tfidf", split)
+
+    def build(target):
+        logits = fit_tfidf(run).predict_log_proba(reviews_of(run.profile, run.seed)[split]["text"][:])
+        save_tensors(target.folder, {"logits": torch.from_numpy(logits)})
+
+    settings = {part: reviews_fingerprint(run, part) for part in ("train", "validation", split)}
+    run.cached(f"logits_tfidf_{split}", settings, build, made_by="01")
+    return run.load_tensors(f"logits_tfidf_{split}")["logits"].numpy()
+
+
+def tfidf_right(run: Run, split: str) -> np.ndarray:
+    """Return which reviews of a split TF-IDF gets right: bool [n]."""
+    return tfidf_logits(run, split).argmax(1) == np.array(reviews_of(run.profile, run.seed)[split]["label"][:])

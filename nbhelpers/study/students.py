@@ -1,0 +1,198 @@
+"""Notebook 05: students of fewer layers, and one that is compressed in every way at once."""
+
+import dataclasses
+import json
+
+import pandas as pd
+import torch
+
+from nbhelpers import criteria, masks, selection
+from nbhelpers.evaluation import evaluate_accuracy
+from nbhelpers.models import create_student, prunable_weights
+from nbhelpers.profiles import Profile
+from nbhelpers.sparse import convert_to_sparse, factorize_embedding, quantize, save_sparse
+from nbhelpers.study.artefacts import (
+    layer_count,
+    model_bytes,
+    on_device,
+    read_history,
+    save_trained,
+    sparse_bytes,
+    write_history,
+)
+from nbhelpers.study.choices import decide, distillation_scales
+from nbhelpers.study.inputs import TRAIN_FIELDS, dataset, pick
+from nbhelpers.study.predictions import teacher_data_and_loss, validation_accuracy, validator
+from nbhelpers.study.scoring import calibration_rows
+from nbhelpers.training import recipe_for, train
+from nbhelpers.training.observers import calibrate
+from nbhelpers.workspace import Run
+
+
+def distil_student(
+    run: Run, name: str, layers: int, alpha: float, temperature: float, from_teacher: bool = True, steps: int = 0
+) -> pd.DataFrame:
+    """Artefact ``student_<name>``: a shallower model trained on the labels and the teacher's logits.
+
+    alpha = 1 leaves the teacher out; steps = 0 trains for the profile's ``distill_epochs``. Returns the learning curve.
+    """
+
+    def build(target):
+        data, loss = teacher_data_and_loss(run, alpha, temperature)
+        student = create_student(run.load_model("fine_tuned"), layers, run.seed, from_teacher)
+        recipe = recipe_for(run.profile, "distill")
+        if steps:
+            recipe = dataclasses.replace(recipe, steps=steps)
+        history = train(
+            student,
+            data,
+            recipe,
+            seed=run.seed,
+            loss_function=loss,
+            validate=validator(run),
+            checkpoints=target.checkpoints(),
+            description=f"student {name}",
+        )
+        save_trained(student, history, target.folder)
+
+    settings = pick(run.profile, *TRAIN_FIELDS, "distill_epochs", "distill_learning_rate", "distill_batch_size")
+    settings |= {"layers": layers, "alpha": alpha, "temperature": temperature, "from_teacher": from_teacher}
+    settings |= {"steps": steps, "seed": run.seed}
+    # The students of a scan are data, not models of the run: they are trained for a few steps only.
+    kind = "data" if steps else "dense"
+    run.cached(f"student_{name}", settings, build, ("fine_tuned",), kind=kind, made_by="05")
+    return read_history(run, f"student_{name}")
+
+
+def scan_trials(profile: Profile) -> list[tuple[float, float]]:
+    """Return the alphas and temperatures that the scan tries, each with each."""
+    return [(alpha, t) for alpha in profile.alphas for t in profile.temperatures]
+
+
+def scan_student(run: Run, alpha: float, temperature: float) -> dict:
+    """Train one short student of the scan; return its alpha, temperature and validation accuracy."""
+    name, layers = f"scan_{alpha:g}_{temperature:g}".replace(".", "p"), run.profile.student_layers[0]
+    curve = distil_student(run, name, layers, alpha, temperature, steps=run.profile.scan_steps)
+    return {"alpha": alpha, "temperature": temperature, "accuracy": curve["accuracy"].max()}
+
+
+def scan_distillation(run: Run) -> pd.DataFrame:
+    """Train short students over temperature and alpha, and decide ``choice_distillation``, the best for the rest.
+
+    Returns one row per student, with its validation accuracy.
+    """
+    table = pd.DataFrame([scan_student(run, *trial) for trial in scan_trials(run.profile)])
+    decide(run, "distillation", table, made_by="05")
+    return table
+
+
+def student_variants(profile: Profile) -> list[tuple[str, int]]:
+    """Return which students a profile trains: the controls at the first depth only, a distilled one at every depth."""
+    first, *others = profile.student_layers
+    controls = [(variant, first) for variant in ("distilled", "labels_only", "distilled_random")]
+    return controls + [("distilled", layers) for layers in others]
+
+
+def compressed_names(profile: Profile) -> list[str]:
+    """Return the names of the students that are compressed in every way (``compress_student``)."""
+    return [f"compressed_{layers}" for layers in profile.student_layers]
+
+
+def student_names(profile: Profile) -> list[str]:
+    """Return the names of the models that notebook 05 makes."""
+    students = [f"student_{variant}_{layers}" for variant, layers in student_variants(profile)]
+    return [*students, *compressed_names(profile)]
+
+
+def distil_variant(run: Run, variant: str, layers: int, alpha: float, temperature: float) -> dict:
+    """Train one of ``student_variants`` at an alpha and a temperature; return what it is, and its validation accuracy."""
+    alpha, from_teacher = 1.0 if variant == "labels_only" else alpha, variant != "distilled_random"
+    curve = distil_student(run, f"{variant}_{layers}", layers, alpha, temperature, from_teacher)
+    row = {"model": f"student_{variant}_{layers}", "layers": layers, "alpha": alpha, "from_teacher": from_teacher}
+    return row | {"temperature": temperature, "accuracy": curve["accuracy"].max()}
+
+
+def distil_all(run: Run) -> pd.DataFrame:
+    """Train every student of a profile at the temperature and alpha of the scan: one row per student."""
+    scan_distillation(run)
+    scales = distillation_scales(run)
+    return pd.DataFrame([distil_variant(run, *variant, *scales) for variant in student_variants(run.profile)])
+
+
+ACCEPTED = 0.01  # of accuracy: what a small model may cost
+BEFORE = "before_int8.json"  # beside the compressed model: what it was before it was rounded
+
+
+def taylor_masks(run: Run, model, sparsity: float) -> dict[str, torch.Tensor]:
+    """Return masks by |w * g|, the score that asks for no training: a pass over some training reviews is enough."""
+    observed = calibrate(model, *calibration_rows(run, run.profile.calibration_reviews))
+    weights = {name: weight.detach() for name, weight in prunable_weights(model).items()}
+    return selection.select(criteria.COMPARATORS["taylor"](weights, observed), sparsity)
+
+
+def compress_student(run: Run, layers: int) -> pd.DataFrame:
+    """Artefact ``compressed_<layers>``: what is left when every means of these notebooks is used, one on the other.
+
+    The distilled student of so many layers loses the profile's ``main_sparsity`` of its block weights, and its token
+    embedding becomes one of rank ``embedding_rank``. So it learns from the labels and the teacher once more, for
+    ``compress_epochs``; then it is converted to sparse execution and rounded to int8. Returns one row per step: model,
+    layers, step, accuracy (validation), file_bytes.
+    """
+    name, student, (alpha, temperature) = (
+        f"compressed_{layers}",
+        f"student_distilled_{layers}",
+        distillation_scales(run),
+    )
+
+    def build(target):
+        model = on_device(run, student)
+        keeper = masks.MaskKeeper(model, taylor_masks(run, model, run.profile.main_sparsity))
+        factorize_embedding(model, run.profile.embedding_rank)
+        data, loss = teacher_data_and_loss(run, alpha, temperature)
+        options = {"mask_keeper": keeper, "validate": validator(run), "loss_function": loss}
+        options |= {"checkpoints": target.checkpoints(), "description": name.replace("_", " ")}
+        times = {"learning_rate": run.profile.compress_learning_rate, "epochs": run.profile.compress_epochs}
+        recipe = dataclasses.replace(recipe_for(run.profile, "distill"), **times)
+        history = train(model, data, recipe, seed=run.seed, **options)
+        sparse = convert_to_sparse(model.cpu())
+        accuracy = evaluate_accuracy(sparse, dataset(run, "validation"), **run.inference_options(sparse=True))
+        before = ("pruned, low-rank embedding", accuracy, sparse_bytes(sparse))
+        (target.folder / BEFORE).write_text(json.dumps(before), encoding="utf-8")
+        save_sparse(quantize(sparse), target.folder)
+        write_history(target.folder, history)
+
+    settings = pick(run.profile, *TRAIN_FIELDS, "compress_epochs", "compress_learning_rate", "distill_batch_size")
+    settings |= pick(run.profile, "main_sparsity", "embedding_rank", "calibration_reviews", seed=run.seed)
+    settings |= {"alpha": alpha, "temperature": temperature, "score": "taylor"}
+    run.cached(name, settings, build, (student, "fine_tuned"), kind="sparse", made_by="05")
+    steps = [
+        ("distilled", validation_accuracy(run, student), model_bytes(run, student)),
+        json.loads((run.folder(name) / BEFORE).read_text(encoding="utf-8")),
+        ("int8", validation_accuracy(run, name), model_bytes(run, name)),
+    ]
+    table = pd.DataFrame(steps, columns=["step", "accuracy", "file_bytes"])
+    table.insert(0, "layers", layers)
+    table.insert(0, "model", name)
+    return table
+
+
+def compress_all(run: Run) -> pd.DataFrame:
+    """Compress a student of every depth of the profile, and decide ``choice_compressed``.
+
+    Returns the rows of ``compress_student``, under a row of the fine-tuned model.
+    """
+    dense = {"model": "fine_tuned", "layers": layer_count(run, "fine_tuned"), "step": "fine-tuned"}
+    dense |= {"accuracy": validation_accuracy(run, "fine_tuned"), "file_bytes": model_bytes(run, "fine_tuned")}
+    tables = [compress_student(run, layers) for layers in run.profile.student_layers]
+    choose_compressed(run)
+    return pd.concat([pd.DataFrame([dense]), *tables], ignore_index=True)
+
+
+def choose_compressed(run: Run) -> str:
+    """Decide ``choice_compressed``: the smallest that loses at most ``ACCEPTED`` on validation, or else the best."""
+    names = compressed_names(run.profile)
+    rows = [{"model": n, "accuracy": validation_accuracy(run, n), "file_bytes": model_bytes(run, n)} for n in names]
+    table = pd.DataFrame(rows)
+    good = table[table["accuracy"] >= validation_accuracy(run, "fine_tuned") - ACCEPTED]
+    best = None if good.empty else int(good["file_bytes"].idxmin())
+    return decide(run, "compressed", table, made_by="05", best=best)["model"]

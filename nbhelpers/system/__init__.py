@@ -1,0 +1,1 @@
+"""What everything stands on: files written whole, progress, this machine, and the code's own fingerprint."""

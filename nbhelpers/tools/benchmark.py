@@ -1,0 +1,331 @@
+"""Engines against each other: a matrix product, a whole model, and the limits of the machine they run on.
+
+    python -m nbhelpers.tools.benchmark layers     each engine on the matrices of GPT-2 and of the mini model
+    python -m nbhelpers.tools.benchmark models     whole models of these shapes with random weights
+    python -m nbhelpers.tools.benchmark machine    this machine's limits
+    python -m nbhelpers.tools.benchmark selection  scores, thresholds and masks of GPT-2's block weights
+    python -m nbhelpers.tools.benchmark training   our training loop and our evaluation against transformers.Trainer's
+
+ONNX Runtime takes part in ``models`` where it is installed (pip install onnxruntime onnx onnxscript).
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.nn.utils import prune
+from transformers import (
+    DataCollatorWithPadding,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+
+from nbhelpers.criteria import merge_scores
+from nbhelpers.data import IMDbDataset, load_reviews
+from nbhelpers.evaluation import predict_logits
+from nbhelpers.masks import apply_masks
+from nbhelpers.measurement import by_model, compare_latency, compare_speed, peak_memory, speedups
+from nbhelpers.models import MINI, load_tokenizer, prunable_layers, prunable_weights
+from nbhelpers.profiles import get_profile
+from nbhelpers.selection import select
+from nbhelpers.sparse import convert_gpt2_to_sparse
+from nbhelpers.sparse.speed import SPARSITIES, TOKENS, compare_engines, machine_limits
+from nbhelpers.system.machine import versions
+from nbhelpers.training import Recipe, mixed_precision, train
+
+MODELS = {"gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}}
+SHIPPED = json.loads((MINI / "config.json").read_text(encoding="utf-8"))
+MODELS["mini"] = {key: SHIPPED[key] for key in MODELS["gpt2"]}
+
+
+def block_matrices(width: int) -> tuple[tuple[int, int], ...]:
+    """(in, out) of the four matrices of a GPT-2 block."""
+    return (width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)
+
+
+# --- a whole model ---
+
+
+def random_gpt2(shape: str, sparsity: float) -> GPT2ForSequenceClassification:
+    """A GPT-2 of a shape in ``MODELS`` with random weights, this share of each block matrix set to zero."""
+    torch.manual_seed(0)
+    model = GPT2ForSequenceClassification(GPT2Config(**MODELS[shape], pad_token_id=0)).eval()
+    scores = {name: torch.rand(weight.shape) for name, weight in prunable_weights(model).items()}
+    return apply_masks(model, select(scores, sparsity, scope="layer"))
+
+
+def onnx_model(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable | None:
+    """The model in ONNX Runtime, dense, on as many threads as torch has; None where it is not installed."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (the exporter needs it)
+    except ImportError as error:
+        print(f"without ONNX Runtime ({error}): pip install onnxruntime onnx onnxscript")
+        return None
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.score = model.transformer, model.score
+
+        def forward(self, input_ids):
+            return self.score(self.body(input_ids, use_cache=False).last_hidden_state[:, -1])
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "model.onnx")
+        torch.onnx.export(Logits().eval(), (batch["input_ids"],), path, input_names=["input_ids"], dynamo=True)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    ids = batch["input_ids"].numpy()
+    return lambda: session.run(None, {"input_ids": ids})[0]
+
+
+def compare_models(shape: str, sparsity: float, reviews: int, length: int, repeats: int = 7) -> pd.DataFrame:
+    """Milliseconds of a random model of a shape on reviews without padding, by each engine.
+
+    Columns: model, latency_ms, latency_low_ms, latency_high_ms, speedup, speedup_low, speedup_high (over the dense
+    model of ``transformers``). "dense, packed" is our model with dense products.
+    """
+    model = random_gpt2(shape, sparsity)
+    ids = torch.randint(1, model.config.vocab_size, (reviews, length), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    models = {"dense": model, "dense, packed": convert_gpt2_to_sparse(model, "dense")}
+    models |= {"sparse": convert_gpt2_to_sparse(model), "torch_csr": convert_gpt2_to_sparse(model, "torch_csr")}
+    functions = {name: partial(m, **batch) for name, m in models.items()}
+    runtime = onnx_model(model, batch)
+    if runtime:
+        functions["onnxruntime"] = runtime
+        with torch.inference_mode():
+            largest = abs(runtime() - model(**batch).logits.numpy()).max()
+        if largest > 1e-2:
+            raise RuntimeError(f"ONNX Runtime's logits differ by {largest}: it does not run the same model")
+    return by_model(compare_speed(functions, repeats))
+
+
+# --- selection ---
+
+
+class Magnitudes(Mapping):
+    """|w| of every block weight, computed when it is asked for: what magnitude pruning scores by."""
+
+    def __init__(self, model: nn.Module):
+        self.weights = prunable_weights(model)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.weights[name].detach().abs()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def select_by_magnitude(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor]:
+    """The masks of the largest |w|."""
+    return select(Magnitudes(model), sparsity)
+
+
+def select_by_torch(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor]:
+    """The same with ``torch.nn.utils.prune``, on a model that is handed back as it was."""
+    layers = prunable_layers(model)
+    pairs = [(layer, "weight") for layer in layers.values()]
+    prune.global_unstructured(pairs, pruning_method=prune.L1Unstructured, amount=sparsity)
+    return {f"{name}.weight": layer.weight_mask for name, layer in layers.items()}
+
+
+def select_by_merge(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor]:
+    """The masks of the merge of three criteria: |w| and two that are random numbers."""
+    weights = prunable_weights(model)
+    scores = {i: {name: torch.rand(weight.shape) for name, weight in weights.items()} for i in range(2)}
+    scores["magnitude"] = {name: weight.detach().abs() for name, weight in weights.items()}
+    return select(merge_scores(scores), sparsity)
+
+
+def compare_selection(shape: str, sparsity: float, repeats: int) -> pd.DataFrame:
+    """Our selection and PyTorch's in turns on one random model: a row each, and one for a merge of three criteria.
+
+    Columns: engine, seconds (median), extra_bytes (the most bytes of tensors at one time beyond the model's, masks and
+    scores included), dropped (weights that go), shape, weights, times_ours.
+    """
+    model, times, rows = random_gpt2(shape, 0.0), {}, []
+    engines = {"ours": select_by_magnitude, "torch": select_by_torch, "merge": select_by_merge}
+    total = sum(weight.numel() for weight in prunable_weights(model).values())
+    select_by_magnitude(model, sparsity)  # compiles
+    for _ in range(repeats):
+        for engine in ("ours", "torch"):
+            fresh, started = copy.deepcopy(model), time.perf_counter()
+            engines[engine](fresh, sparsity)
+            times.setdefault(engine, []).append(time.perf_counter() - started)
+            del fresh
+    started = time.perf_counter()
+    select_by_merge(model, sparsity)
+    times["merge"] = [time.perf_counter() - started]
+    for engine, function in engines.items():
+        extra = peak_memory(partial(function, copy.deepcopy(model), sparsity))
+        masks = function(copy.deepcopy(model), sparsity)
+        dropped = total - sum(int(mask.sum()) for mask in masks.values())
+        rows.append({"engine": engine, "seconds": np.median(times[engine]), "extra_bytes": extra, "dropped": dropped})
+        del masks
+    table = pd.DataFrame(rows)
+    return table.assign(shape=shape, weights=total, times_ours=table["seconds"] / table["seconds"].iloc[0])
+
+
+# --- training ---
+
+
+def trainer_for(model: nn.Module, data: IMDbDataset, recipe: Recipe, tokenizer, folder: str, sampling: str) -> Trainer:
+    """``transformers.Trainer`` as one would set it up for a recipe, with its own batches and padding."""
+    rows = [{"input_ids": ids, "labels": int(label)} for ids, label in zip(data.input_ids, data.labels, strict=True)]
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        warmup_steps=round(recipe.warmup_share * recipe.steps),
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        train_sampling_strategy=sampling,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    collate = DataCollatorWithPadding(tokenizer)
+    trainer = Trainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), data_collator=collate)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def compare_training(shape: str, batch_size: int, length: int, steps: int, repeats: int) -> pd.DataFrame:
+    """Seconds of a pass over the same reviews by our loop and by ``transformers.Trainer``, and of their predictions.
+
+    Each trains a fresh copy of one random model with the same batch size, precision, optimizer and number of steps.
+    "trainer" draws batches at random, as it does unless it is told otherwise; "trainer, grouped" by length. Columns:
+    task ("train" or "predict"), name, reviews, tokens (without padding), seconds, seconds_low, seconds_high, speedup,
+    speedup_low, speedup_high (of ours over each Trainer; above 1: ours is faster).
+    """
+    profile = get_profile("thorough", max_tokens=length, train_size=steps * batch_size)
+    tokenizer, model = load_tokenizer(profile), random_gpt2(shape, 0.0)
+    data = IMDbDataset(load_reviews(profile)["train"].select(range(steps * batch_size)), tokenizer, profile)
+    recipe = Recipe(5e-5, batch_size, steps=steps, precision=mixed_precision())
+    rows = [{"input_ids": ids} for ids in data.input_ids]
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def by_trainer(sampling, recipe=recipe):
+            return trainer_for(copy.deepcopy(model), data, recipe, tokenizer, folder, sampling)
+
+        def train_ours():
+            train(copy.deepcopy(model), data, recipe)
+
+        training = {"ours": train_ours}
+        training |= {"trainer": lambda: by_trainer("random").train()}
+        training |= {"trainer, grouped": lambda: by_trainer("group_by_length").train()}
+        # We predict in float32 always, so that answers do not hang on what a machine is fast at.
+        predictor = by_trainer("random", dataclasses.replace(recipe, precision="no"))
+        predicting = {"ours": lambda: predict_logits(model, data.input_ids, batch_size)}
+        predicting |= {"trainer": lambda: predictor.predict(Dataset.from_list(rows))}
+        table = []
+        for task, functions in (("train", training), ("predict", predicting)):
+            # Timed under inference mode, which training has to leave.
+            timed = {name: torch.inference_mode(False)(function) for name, function in functions.items()}
+            times = compare_latency(timed, repeats, warmup=1).attrs["times"]
+            for name in times:
+                low, median, high = np.percentile(np.array(times[name]) / 1e3, [25, 50, 75])
+                ratio = speedups({"baseline": times[name], "ours": times["ours"]}).iloc[1, 1:]
+                row = {"task": task, "name": name, "reviews": len(data), "tokens": sum(map(len, data.input_ids))}
+                row |= {"seconds": median, "seconds_low": low, "seconds_high": high}
+                table.append(row | ratio.to_dict())
+    return pd.DataFrame(table)
+
+
+# --- the command line ---
+
+
+def layers(options) -> Iterator[tuple[str, pd.DataFrame]]:
+    """A title and a table for each matrix of each shape."""
+    for shape in options.shapes:
+        for n_in, n_out in block_matrices(MODELS[shape]["n_embd"]):
+            sparsities = options.sparsities or SPARSITIES
+            yield (
+                f"{shape} {n_in} x {n_out}",
+                compare_engines([(n_in, n_out)], sparsities, options.tokens, options.repeats),
+            )
+
+
+def models(options) -> Iterator[tuple[str, pd.DataFrame]]:
+    """A title and a table for each sparsity of each shape."""
+    for shape in options.shapes:
+        for sparsity in options.sparsities or (0.8, 0.9):
+            title = f"{shape}, {sparsity:.0%} of the block weights zero, {options.batch} x {options.length} tokens"
+            table = compare_models(shape, sparsity, options.batch, options.length, options.repeats)
+            yield title, table.assign(shape=shape, sparsity=sparsity)
+
+
+def machine(options) -> Iterator[tuple[str, pd.DataFrame]]:
+    yield "this machine", pd.DataFrame([machine_limits()])
+
+
+def selection(options) -> Iterator[tuple[str, pd.DataFrame]]:
+    """A title and a table for each sparsity of each shape."""
+    for shape in options.shapes:
+        for sparsity in options.sparsities or (0.9,):
+            yield f"{shape}, {sparsity:.0%} of the block weights", compare_selection(shape, sparsity, options.repeats)
+
+
+def training(options) -> Iterator[tuple[str, pd.DataFrame]]:
+    """A title and a table for each shape."""
+    for shape in options.shapes:
+        table = compare_training(shape, options.batch, options.length, options.steps, options.repeats)
+        title = f"{shape}, {options.steps} steps of {options.batch} reviews of at most {options.length} tokens"
+        about = {"shape": shape, "batch_size": options.batch, "length": options.length}
+        about |= {"precision": mixed_precision(), "device": versions()["device"]}
+        yield f"{title}, {mixed_precision()}", table.assign(**about)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m nbhelpers.tools.benchmark", description=__doc__.split("\n\n")[0])
+    commands = {"layers": layers, "models": models, "machine": machine, "selection": selection, "training": training}
+    parser.add_argument("what", choices=list(commands))
+    parser.add_argument("--shapes", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--sparsities", nargs="+", type=float, default=None)
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="layers: rows of the activations")
+    parser.add_argument("--batch", type=int, default=8, help="models, training: reviews in a batch")
+    parser.add_argument("--length", type=int, default=256, help="models: tokens of each review; training: at most")
+    parser.add_argument("--steps", type=int, default=20, help="training: optimizer steps of a pass")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--csv", type=Path, help="also write the table to this file")
+    options = parser.parse_args()
+    os.environ["NBHELPERS_BATCH"] = "1"  # no progress bars: drawing them takes time too
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; speedup: against dense, above 1 is faster")
+    tables = []
+    for title, table in commands[options.what](options):
+        shown = table.drop(columns=["in", "out"], errors="ignore").round(3).to_string(index=False)
+        print(f"\n{title}\n{shown}", flush=True)
+        tables.append(table)
+    if options.csv:
+        pd.concat(tables).to_csv(options.csv, index=False)
+
+
+if __name__ == "__main__":
+    main()

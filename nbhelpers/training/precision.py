@@ -1,0 +1,136 @@
+"""What bfloat16 on a CPU computes faster in another way: attention as plain products, GELU exactly, dropout by bits."""
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.activations import GELUTanh, NewGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+@functools.cache
+def mixed_precision(wish: str = "auto") -> str:
+    """``"bf16"`` where it is faster than float32, else ``"no"``; decided once a process.
+
+    On a CPU that is measured, never assumed: without AVX512_BF16 or AMX a bfloat16 product can take hundreds of times
+    longer than a float32 one. ``NBHELPERS_PRECISION`` holds what another process has measured already.
+    """
+    if wish != "auto":
+        return wish
+    if os.environ.get("NBHELPERS_PRECISION") in ("no", "bf16"):
+        return os.environ["NBHELPERS_PRECISION"]
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    matrices = {dtype: torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = {dtype: [] for dtype in matrices}
+    # In turns, and the best of many: what else the machine is doing then hardly matters.
+    for _ in range(20):
+        for dtype, matrix in matrices.items():
+            start = time.perf_counter()
+            matrix @ matrix
+            seconds[dtype].append(time.perf_counter() - start)
+        if seconds[torch.bfloat16][-1] > 0.05:
+            return "no"
+    # A clear gain or none, so that the choice does not change from run to run on one machine.
+    return "bf16" if min(seconds[torch.bfloat16]) < 0.8 * min(seconds[torch.float32]) else "no"
+
+
+NAME = "products"  # under which transformers finds it
+LONGEST = 384  # tokens: of longer texts the fused attention is about as fast, and it keeps no scores in memory
+
+
+def attend(module: nn.Module, query, key, value, attention_mask, scaling: float | None = None, **options):
+    """softmax(scaling * q k^T) v over each token and those before it: [batch, heads, tokens, features] in.
+
+    Returns [batch, tokens, heads, features] and, as the interface asks for weights, None. What is longer than
+    ``LONGEST``, or has a mask, dropout or grouped heads, goes to PyTorch's fused attention.
+    """
+    (batch, heads, tokens, features), mask = query.shape, attention_mask
+    if tokens > LONGEST or mask is not None or key.shape != query.shape or options.get("dropout"):
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
+    later = torch.full((tokens, tokens), -torch.inf, dtype=query.dtype).triu(1)
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+    scores = torch.baddbmm(later, q, k.transpose(1, 2), alpha=features**-0.5 if scaling is None else scaling)
+    mixed = scores.softmax(-1, dtype=query.dtype) @ v
+    return mixed.view(batch, heads, tokens, features).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextlib.contextmanager
+def attention_as_products(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block a model that has the fused attention computes ``attend`` instead."""
+    before = model.config._attn_implementation
+    if before == "sdpa":
+        model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+class BitDropout(nn.Dropout):
+    """Dropout with 15 random bits an element, so that one random number serves four: drawing them is most of its time.
+
+    The rate is the nearest multiple of 2^-15.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x with a share p set to zero and the rest divided by 1 - p; x itself outside training, or where p is 0."""
+        if not (self.training and self.p):
+            return x
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_().view(torch.int16)
+        kept = (bits[: x.numel()].view(x.shape) & 0x7FFF) >= round(self.p * 2**15)
+        return x * (kept * (1 / (1 - self.p))).to(x.dtype)
+
+
+@contextlib.contextmanager
+def replaced(
+    model: nn.Module, kinds: type | tuple[type, ...], make: Callable[[nn.Module], nn.Module]
+) -> Iterator[None]:
+    """Within the block a model has make(module) for each of its modules of some kinds, which have no parameters."""
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, kinds)
+    ]
+    for parent, name, child in found:
+        setattr(parent, name, make(child).train(child.training))
+    try:
+        yield
+    finally:
+        for parent, name, child in found:
+            setattr(parent, name, child)
+
+
+def exact_gelu(model: nn.Module):
+    """Within the block a model computes x * Phi(x) where it has the tanh form of it, which is slower on a CPU.
+
+    The two differ by less than 0.0005 (Hendrycks and Gimpel, 2016), as much as rounding x to bfloat16 changes either.
+    """
+    return replaced(model, (GELUTanh, NewGELUActivation), lambda _: nn.GELU())
+
+
+@contextlib.contextmanager
+def faster_in_bfloat16(model: PreTrainedModel, precision: str, training: bool = False) -> Iterator[None]:
+    """Within the block a model that computes in "bf16" on a CPU does so in the faster ways; any other, as it is.
+
+    In training that is dropout, and attention, too: the backward pass of the fused one takes several times as long for
+    texts of up to a few hundred tokens.
+    """
+    with contextlib.ExitStack() as ways:
+        if precision == "bf16" and model.device.type == "cpu":
+            ways.enter_context(exact_gelu(model))
+            if training:
+                ways.enter_context(attention_as_products(model))
+                ways.enter_context(replaced(model, nn.Dropout, lambda dropout: BitDropout(dropout.p)))
+        yield
