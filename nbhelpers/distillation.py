@@ -1,11 +1,11 @@
-"""What a student learns from a teacher: the losses made of the teacher's logits."""
+"""The loss with which a student learns from a teacher's logits."""
 
 import torch
 from torch import nn
 
 
 def distillation_loss(teacher_logits: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, alpha: float, t: float):
-    """alpha * CE(student, labels) + (1 - alpha) * T^2 * KL(teacher_T || student_T), all logits [batch, classes].
+    """Return alpha * CE(student, labels) + (1 - alpha) * T^2 * KL(teacher_T || student_T), all logits [batch, classes].
 
     T^2 keeps the gradients of both terms on one scale as T grows (Hinton et al., 2015).
     """

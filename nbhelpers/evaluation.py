@@ -8,6 +8,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 
 from nbhelpers.data import IMDbDataset, evaluation_batches
+from nbhelpers.models import device_of
 from nbhelpers.system.progress import progress, track
 from nbhelpers.training import distributed
 from nbhelpers.training.precision import faster_in_bfloat16
@@ -15,19 +16,20 @@ from nbhelpers.training.precision import faster_in_bfloat16
 
 @torch.inference_mode()
 def predict_logits(model: nn.Module, rows: list[list[int]], batch_size: int = 32, precision: str = "no") -> np.ndarray:
-    """Logits [n, classes] of token id lists, float32, in the order given; computed in "bf16", or in float32 ("no").
+    """Return logits [n, classes] of token id lists, float32, in their order; computed in "bf16" or float32 ("no").
 
-    Computed from short to long, so that hardly any padding is; no mask is passed, since padding stands on the right
-    and attention looks to the left. Of several processes each computes its share of the batches, and all get all.
+    Batches run from short to long reviews, so that little padding is computed. No mask is passed, since padding is on
+    the right and attention looks to the left. Of several processes each computes a part of the batches, and all get
+    all logits. Raises ``ValueError`` for no rows, ``FloatingPointError`` for logits that are not finite.
     """
     if not rows:
-        raise ValueError("there are no reviews to predict")
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        raise ValueError("`rows` must have at least one review (got none)")
+    device = device_of(model)
     model.eval()
     logits = torch.zeros(len(rows), model.config.num_labels)
     low = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    # Counted in tokens: the reviews come from short to long.
-    with low, faster_in_bfloat16(model, precision), progress(sum(map(len, rows)), "judging reviews") as bar:
+    # The bar counts tokens, since later batches are longer.
+    with low, faster_in_bfloat16(model, precision), progress(sum(map(len, rows)), "evaluating reviews") as bar:
         for number, (indices, ids) in enumerate(evaluation_batches(rows, batch_size, model.config.pad_token_id)):
             if number % distributed.world_size() == distributed.rank():
                 logits[indices] = model(input_ids=ids.to(device)).logits.float().cpu()
@@ -38,32 +40,32 @@ def predict_logits(model: nn.Module, rows: list[list[int]], batch_size: int = 32
     return logits
 
 
-RESAMPLES = 2000
+RESAMPLES = 2000  # of each bootstrap
 
 
 def evaluate_accuracy(model: nn.Module, data: IMDbDataset, batch_size: int = 32, precision: str = "no") -> float:
-    """Share of reviews whose label the model gets right; batch_size, precision: see ``predict_logits``."""
+    """Return the share of reviews that a model classifies correctly; batch_size, precision: see ``predict_logits``."""
     return float(accuracy_score(data.labels, predict_logits(model, data.input_ids, batch_size, precision).argmax(-1)))
 
 
 def wilson_interval(correct: np.ndarray) -> tuple[float, float]:
-    """95 % interval of a share, from a bool array (Wilson, 1927)."""
+    """Return the 95 % interval of the share of True in a bool array (Wilson, 1927)."""
     interval = stats.binomtest(int(np.sum(correct)), len(correct)).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def f1_interval(labels: np.ndarray, predicted: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the F1 of class 1, resampling reviews."""
-    rows = np.random.default_rng(seed).integers(len(labels), size=(RESAMPLES, len(labels)))
-    hit = ((labels == 1) & (predicted == 1))[rows].sum(1)
-    wrong = (labels != predicted)[rows].sum(1)
-    f1 = 2 * hit / np.maximum(2 * hit + wrong, 1)
-    low, high = np.percentile(f1, [2.5, 97.5])
+    """Return the 95 % percentile bootstrap interval of the F1 of class 1, resampling reviews."""
+    hit, wrong = (labels == 1) & (predicted == 1), labels != predicted
+    # F1 depends on these two counts alone, which a resample of the reviews draws from a multinomial distribution.
+    kinds = np.array([hit.sum(), wrong.sum(), len(labels) - hit.sum() - wrong.sum()])
+    hits, errors, _ = np.random.default_rng(seed).multinomial(len(labels), kinds / len(labels), size=RESAMPLES).T
+    low, high = np.percentile(2 * hits / np.maximum(2 * hits + errors, 1), [2.5, 97.5])
     return float(low), float(high)
 
 
 def evaluate_model(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy (Wilson interval) and F1 of the positive class (bootstrap interval), and n."""
+    """Return accuracy (Wilson interval) and F1 of the positive class (bootstrap interval), and n."""
     predicted = logits.argmax(-1)
     low, high = wilson_interval(predicted == labels)
     f1_low, f1_high = f1_interval(labels, predicted)
@@ -79,62 +81,63 @@ def evaluate_model(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
-    """Exact two-sided p-value that two models err equally often on the same reviews (McNemar, 1947).
+    """Return the exact two-sided p-value that two models err equally often on the same reviews (McNemar, 1947).
 
-    Only the reviews that one of them gets right count: a binomial test with p = 1/2 on those.
+    It is a binomial test with p = 1/2 on the reviews that only one of them classifies correctly.
     """
     only_a, only_b = int(np.sum(correct_a & ~correct_b)), int(np.sum(~correct_a & correct_b))
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def sign_flip_test(sums: np.ndarray) -> float:
-    """Exact two-sided p-value that paired differences are as likely one way as the other (Fisher, 1935).
+    """Return the exact two-sided p-value that paired differences are equally likely of either sign (Fisher, 1935).
 
-    sums: whole numbers [n], for each review over how many seeds more one model is right than the other. Under the null
-    hypothesis each has either sign with probability 1/2; the distribution of their total is computed, not sampled.
+    sums: whole numbers [n], per review the number of seeds with which model a is right minus that of model b. Under the
+    null hypothesis each has either sign with probability 1/2; the distribution of their total is computed, not sampled.
     With one seed this is McNemar's exact test.
     """
     sizes = np.abs(np.asarray(sums, dtype=int))
     total = abs(int(np.sum(sums)))
-    chances, reach = np.ones(1), 0
+    probabilities, reach = np.ones(1), 0
     for size in sizes[sizes > 0]:
-        # What is at index i is the probability of the total i - reach.
+        # The probability of the total i - reach is at index i.
         grown = np.zeros(2 * (reach + size) + 1)
-        grown[: len(chances)] += chances / 2
-        grown[2 * size :] += chances / 2
-        chances, reach = grown, reach + size
+        grown[: len(probabilities)] += probabilities / 2
+        grown[2 * size :] += probabilities / 2
+        probabilities, reach = grown, reach + size
     totals = np.arange(-reach, reach + 1)
-    return min(1.0, float(chances[np.abs(totals) >= total].sum()))
+    return min(1.0, float(probabilities[np.abs(totals) >= total].sum()))
 
 
 def paired_difference(correct_a: np.ndarray, correct_b: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Accuracy of a minus accuracy of b on the same reviews: difference, low, high, p_value, n, seeds, spread.
+    """Return accuracy of a minus accuracy of b on the same reviews: difference, low, high, p_value, n, seeds, spread.
 
-    Arrays [n], or [seeds, n] where models were trained from several seeds; of these the mean counts. 95 % percentile
-    bootstrap over reviews and over seeds; the p-value is that of ``sign_flip_test`` on the reviews; spread is the
-    standard deviation over seeds, 0 for one.
+    Arrays [n], or [seeds, n] where models were trained from several seeds, over which the mean is taken. 95 %
+    percentile bootstrap over reviews and over seeds; the p-value is that of ``sign_flip_test`` on the reviews; spread
+    is the standard deviation over seeds, 0 for one.
     """
     a, b = np.atleast_2d(correct_a), np.atleast_2d(correct_b)
     seeds = min(len(a), len(b))
     change = a[:seeds].astype(int) - b[:seeds].astype(int)
-    rng = np.random.default_rng(seed)
-    rows = rng.integers(change.shape[1], size=(RESAMPLES, change.shape[1]))
-    drawn = rng.integers(seeds, size=(seeds, RESAMPLES))
-    means = np.stack([one[rows].mean(1) for one in change.astype(float)])
-    low, high = np.percentile(means[drawn, np.arange(RESAMPLES)].mean(0), [2.5, 97.5])
+    # Reviews with the same changes over seeds are alike: a resample is a multinomial draw of how many of each kind.
+    kinds, counts = np.unique(change, axis=1, return_counts=True)
+    rng, n = np.random.default_rng(seed), change.shape[1]
+    means = rng.multinomial(n, counts / n, size=RESAMPLES) @ kinds.T / n  # [resamples, seeds]
+    drawn = rng.integers(seeds, size=(RESAMPLES, seeds))
+    low, high = np.percentile(np.take_along_axis(means, drawn, axis=1).mean(1), [2.5, 97.5])
     return {
         "difference": float(change.mean()),
         "low": float(low),
         "high": float(high),
         "p_value": sign_flip_test(change.sum(0)),
-        "n": change.shape[1],
+        "n": n,
         "seeds": seeds,
         "spread": float(change.mean(1).std(ddof=1)) if seeds > 1 else 0.0,
     }
 
 
 def over_seeds(correct: np.ndarray) -> dict[str, float]:
-    """Mean accuracy over seeds of a bool array [n] or [seeds, n]: accuracy, accuracy_low, accuracy_high, seeds.
+    """Return the mean accuracy over seeds of a bool array [n] or [seeds, n], with accuracy_low, accuracy_high, seeds.
 
     low and high are the lowest and the highest seed; with one seed, Wilson's interval over the reviews.
     """
@@ -145,7 +148,7 @@ def over_seeds(correct: np.ndarray) -> dict[str, float]:
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """p-values adjusted for their number (Holm, 1979)."""
+    """Return p-values adjusted for their number (Holm, 1979)."""
     p = np.asarray(p_values, dtype=float)
     order = p.argsort()
     stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1.0)
@@ -155,20 +158,20 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def significance_table(correct: dict[str, np.ndarray], pairs: list[tuple[str, str]]) -> pd.DataFrame:
-    """The first model of each pair against the second on the same reviews, p-values adjusted by Holm's method.
+    """Return a table of paired comparisons on the same reviews, with p-values adjusted by Holm's method.
 
-    correct: {model: bool array [n] or [seeds, n]}; of two models that differ in seeds, the seeds that both have count.
+    correct: {model: bool array [n] or [seeds, n]}; pairs: (model, model it is compared with), on the seeds of both.
     Columns: comparison, metric, difference, low, high, p_value, p_adjusted, n, seeds, spread (over seeds).
     """
     rows = [
         {"comparison": f"{a} - {b}", "metric": "accuracy", **paired_difference(correct[a], correct[b])}
-        for a, b in track(pairs, "comparing in pairs")
+        for a, b in track(pairs, "comparing models in pairs")
     ]
     table = pd.DataFrame(rows)
     table.insert(6, "p_adjusted", holm(table["p_value"]))
     return table
 
 
-def against(correct: dict[str, np.ndarray], line: str) -> list[tuple[str, str]]:
-    """The pairs of every other model with one of them, for ``significance_table``."""
-    return [(name, line) for name in correct if name != line]
+def against(correct: dict[str, np.ndarray], baseline: str) -> list[tuple[str, str]]:
+    """Return the pairs of every other model with the baseline, for ``significance_table``."""
+    return [(name, baseline) for name in correct if name != baseline]

@@ -14,32 +14,32 @@ Tensors = dict[str, torch.Tensor]
 
 
 def select_two_of_four(scores: Tensors, model: nn.Module) -> Tensors:
-    """Masks that drop the two lowest scores of every four weights that stand side by side in an output's row.
+    """Return masks that drop the two lowest scores of every four consecutive inputs of an output.
 
-    The pattern for which GPUs have products of their own (Mishra et al., 2021): sparsity is 50 %, in each matrix
-    alike. Equal scores fall in the order of the weights. Raises ``ValueError`` where inputs are no multiple of four.
+    Some GPUs multiply by matrices of this pattern directly (Mishra et al., 2021). The sparsity is 50 % in every matrix.
+    Equal scores are dropped in order. Raises ``ValueError`` where the number of inputs is not a multiple of four.
     """
     masks = {}
     for name, score in scores.items():
         rows = score.t() if stored_in_out(model, name) else score  # [out, in]
         if rows.shape[1] % 4:
-            raise ValueError(f"{name} has {rows.shape[1]} inputs: 2:4 sparsity takes a multiple of 4")
+            raise ValueError(f"the inputs of {name} must be a multiple of 4 for 2:4 sparsity (got {rows.shape[1]})")
         fours = rows.reshape(len(rows), -1, 4)
-        places = fours.argsort(dim=-1, stable=True).argsort(dim=-1)
-        kept = (places >= 2).view(rows.shape)
+        ranks = fours.argsort(dim=-1, stable=True).argsort(dim=-1)
+        kept = (ranks >= 2).view(rows.shape)
         masks[name] = (kept.t() if stored_in_out(model, name) else kept).contiguous()
     return masks
 
 
 def select_structures(scores: Tensors, structures: list[Structures], sparsity: float) -> Tensors:
-    """Masks that drop whole attention heads and neurons: {parameter name: bool tensor, True = kept}.
+    """Return masks that drop whole attention heads and neurons: {parameter name: bool tensor, True = kept}.
 
-    A structure's score is the mean of its weights' scores. The lowest ones fall until the share of weights dropped is
-    as near to ``sparsity`` as whole structures allow. The best of each attention and each MLP stays. Equal scores fall
-    in the order of the structures. Raises ``ValueError`` for a sparsity outside [0, 1].
+    A structure's score is the mean of its weights' scores. The lowest ones are dropped until the share of weights
+    dropped is as near to ``sparsity`` as whole structures allow. The best of each attention and each MLP is kept. Equal
+    scores are dropped in the order of the structures. Raises ``ValueError`` for a sparsity outside [0, 1].
     """
     if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity is {sparsity}: it takes a number from 0 to 1")
+        raise ValueError(f"`sparsity` must be a number from 0 to 1 (got {sparsity})")
     means, sizes = [], []
     for structure in structures:
         slices = [structure.slices(scores, part).double() for part in structure.parts]
@@ -57,7 +57,7 @@ def select_structures(scores: Tensors, structures: list[Structures], sparsity: f
     masks = {name: torch.ones(score.shape, dtype=torch.bool) for name, score in scores.items()}
     for structure, left in zip(structures, kept.split([s.count for s in structures]), strict=True):
         for part in structure.parts:
-            # A view of the mask where the dimension comes first: writing into it writes into the mask.
+            # A view with the dimension first: assigning to it changes the mask.
             name, dimension, groups = part
             first = masks[name].movedim(dimension, 0)
             first[~left.repeat_interleave(len(first) // (groups * structure.count)).repeat(groups)] = False
@@ -70,35 +70,35 @@ def identify_useless_parameters(
     thresholds: dict[str, float] | None = None,
     agreement: str = "all",
 ) -> Tensors:
-    """The weights that the criteria together call useless: {parameter name: bool tensor, True = useless}.
+    """Return the weights that the criteria together call useless: {parameter name: bool tensor, True = useless}.
 
-    scores: {criterion: {parameter name: score}}. Give either the thresholds of each criterion, or a sparsity, for
-    which a common quantile is solved so that exactly round(sparsity * N) weights are flagged.
+    scores: {criterion: {parameter name: score}}. Pass either the thresholds of the criteria, or a sparsity, for which a
+    common quantile is solved so that exactly round(sparsity * N) weights are flagged.
     """
     if (sparsity is None) == (thresholds is None):
-        raise ValueError("give either a sparsity or thresholds")
+        raise ValueError("pass either `sparsity` or `thresholds` (got both or neither)")
     if thresholds is not None:
         return flag_below(scores, thresholds, agreement)
     return {name: ~kept for name, kept in select(merge_scores(scores, agreement), sparsity).items()}
 
 
 def sparsity_of(masks: Tensors) -> float:
-    """The share of weights that masks drop."""
+    """Return the share of weights that masks drop."""
     return 1 - sum(mask.sum().item() for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
 
 
 class MaskKeeper:
-    """Keeps a model pruned while it is trained: zero gradients before the step, zero weights after it.
+    """Keep a model pruned during training: zero gradients before the step, zero weights after it.
 
-    Adam's momentum and weight decay would revive a masked weight otherwise. Raises ``ValueError`` when a mask fits
-    no prunable weight.
+    Adam's momentum and weight decay would revive a masked weight otherwise. Raises ``ValueError`` when a mask fits no
+    prunable weight.
     """
 
     def __init__(self, model: nn.Module, masks: Tensors, apply: bool = True):
         self.weights = prunable_weights(model)
         wrong = [n for n, m in masks.items() if n not in self.weights or self.weights[n].shape != m.shape]
         if wrong:
-            raise ValueError(f"the masks {', '.join(wrong[:3])} fit no prunable weight of this model")
+            raise ValueError(f"masks must fit prunable weights of the model ({', '.join(wrong[:3])} do not)")
         self.masks = {name: mask.to(self.weights[name].device) for name, mask in masks.items()}
         if apply:
             self.apply()
@@ -115,27 +115,27 @@ class MaskKeeper:
             self.weights[name].grad.masked_fill_(~mask, 0.0)
 
     def state(self) -> Tensors:
-        """What a checkpoint has to keep: nothing, since the masks stay what they are."""
+        """Return the tensors that a checkpoint has to keep: none, since the masks do not change."""
         return {}
 
     def load_state(self, tensors: Tensors) -> None:
-        """Go on from a ``state``."""
+        """Continue from a ``state``."""
 
     def revived(self) -> int:
-        """How many dropped weights are not zero; anything but 0 is a bug."""
+        """Return how many dropped weights are not zero; a number above 0 is a bug."""
         return sum(int((self.weights[name][~mask] != 0).sum()) for name, mask in self.masks.items())
 
 
 def cubic_sparsity(final: float, progress: float) -> float:
-    """The sparsity of a gradual schedule, final * (1 - (1 - t)^3) with t from 0 to 1 (Zhu and Gupta, 2017)."""
+    """Return the sparsity of a gradual schedule, final * (1 - (1 - t)^3), t from 0 to 1 (Zhu and Gupta, 2017)."""
     return final * (1 - (1 - min(1.0, max(0.0, progress))) ** 3)
 
 
 class GradualKeeper(MaskKeeper):
-    """Prunes while it is trained: a little more every ``every`` steps, the full sparsity after ``steps`` steps.
+    """Prune during training: a little more every ``every`` steps, the full sparsity after ``steps`` steps.
 
-    scores() is asked anew each time, so that it can follow the weights (gradual magnitude pruning) or stay what it was
-    before recovery. ``finish`` raises ``RuntimeError`` where the training was too short to reach the sparsity.
+    scores() is called each time, so that scores can follow the weights (gradual magnitude pruning) or stay the same.
+    ``finish`` raises ``RuntimeError`` where the training was too short to reach the sparsity.
     """
 
     def __init__(self, model: nn.Module, scores: Callable[[], Tensors], sparsity: float, steps: int, every: int = 1):
@@ -143,7 +143,7 @@ class GradualKeeper(MaskKeeper):
         super().__init__(model, select(scores(), 0.0))
 
     def apply(self) -> None:
-        """Take the next step of the schedule, and set what the masks drop to zero."""
+        """Take the next step of the schedule, and set the weights that the masks drop to zero."""
         if self.step % self.every == 0 or self.step == self.steps:
             chosen = select(self.scores(), cubic_sparsity(self.sparsity, self.step / self.steps))
             self.masks = {name: mask.to(self.weights[name].device) for name, mask in chosen.items()}
@@ -151,17 +151,17 @@ class GradualKeeper(MaskKeeper):
         super().apply()
 
     def state(self) -> Tensors:
-        """What a checkpoint has to keep: the place in the schedule, and the masks."""
+        """Return the tensors that a checkpoint has to keep: the step of the schedule, and the masks."""
         return {"step": torch.tensor(self.step), "masks": pack(self.masks)}
 
     def load_state(self, tensors: Tensors) -> None:
-        """Go on from a ``state``."""
+        """Continue from a ``state``."""
         self.step = int(tensors["step"])
         masks = unpack(tensors["masks"], self.masks)
         self.masks = {name: mask.to(self.weights[name].device) for name, mask in masks.items()}
 
     def finish(self) -> None:
-        """Raise unless the schedule was gone through to its end."""
+        """Raise ``RuntimeError`` unless the schedule has reached its end."""
         if self.step <= self.steps:
             raise RuntimeError(
                 f"gradual pruning ended at step {self.step - 1} of {self.steps}, at sparsity "
@@ -170,18 +170,18 @@ class GradualKeeper(MaskKeeper):
 
 
 def apply_masks(model: nn.Module, masks: Tensors) -> nn.Module:
-    """Zero the dropped weights of a model in place and hand it back."""
+    """Zero the dropped weights of a model in place, and return the model."""
     MaskKeeper(model, masks)
     return model
 
 
 def pack(masks: Tensors) -> torch.Tensor:
-    """Masks as one uint8 tensor, eight weights a byte, 1 = dropped; every matrix begins with a new byte."""
+    """Return masks as one uint8 tensor, eight weights per byte, 1 = dropped; every matrix starts with a new byte."""
     return torch.from_numpy(np.concatenate([np.packbits(~mask.cpu().numpy()) for mask in masks.values()]))
 
 
 def unpack(bits: torch.Tensor, weights: Tensors) -> Tensors:
-    """The masks that ``pack`` packed; weights: any tensors with their names and shapes, in their order."""
+    """Return the masks that ``pack`` packed; weights: tensors with their names and shapes, in their order."""
     parts = bits.split([-(-weight.numel() // 8) for weight in weights.values()])
     masks = {}
     for (name, weight), part in zip(weights.items(), parts, strict=True):

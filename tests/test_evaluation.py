@@ -1,20 +1,19 @@
-"""Metrics, intervals and tests against formulas, brute force and worked examples."""
+"""Predictions, intervals and tests against scikit-learn, scipy and counts by hand."""
 
 import itertools
-import math
 import statistics
 import time
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest, norm
+from conftest import tiny_model
+from scipy.stats import binomtest, bootstrap, norm, wilcoxon
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from nbhelpers import evaluation
 from nbhelpers.data import IMDbDataset
 from nbhelpers.evaluation import (
+    RESAMPLES,
     against,
     evaluate_accuracy,
     evaluate_model,
@@ -29,299 +28,244 @@ from nbhelpers.evaluation import (
     wilson_interval,
 )
 
-
-def tiny_model() -> GPT2ForSequenceClassification:
-    torch.manual_seed(0)
-    sizes = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 20}
-    return GPT2ForSequenceClassification(GPT2Config(**sizes, pad_token_id=0, num_labels=2, initializer_range=0.3))
+# --- predictions ---
 
 
 @pytest.fixture
-def rows() -> list[list[int]]:
+def token_rows():
     rng = np.random.default_rng(0)
-    return [rng.integers(1, 20, length).tolist() for length in rng.permutation(np.arange(1, 24))]
+    return [rng.integers(1, 20, length).tolist() for length in rng.permutation(np.arange(1, 17))]
 
 
-# --- accuracy ---
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_logits_come_in_the_order_of_the_reviews_for_every_batch_size(token_rows, batch_size):
+    model = tiny_model(dropout=0.5).train()
+    found = predict_logits(model, token_rows, batch_size)
+    assert (found.shape, found.dtype, model.training) == ((16, 2), np.float32, False)
+    with torch.inference_mode():
+        alone = np.concatenate([model(input_ids=torch.tensor([row])).logits.numpy() for row in token_rows])
+    # float32 products of width 8 to 32 in another order: a few 1e-7.
+    np.testing.assert_allclose(found, alone, atol=1e-5)
+    assert np.ptp(alone[:, 0]) > 0.01, "rows that are all alike would show no order"
 
 
-def test_accuracy_is_the_share_of_right_answers(rows):
-    data = IMDbDataset.__new__(IMDbDataset)
-    data.input_ids, data.labels = rows, np.arange(len(rows)) % 2
+@pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_models_are_evaluated_in_the_precision_that_is_asked_for(token_rows, precision, dtype):
+    model, seen = tiny_model(), []
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    found = predict_logits(model, token_rows, precision=precision)
+    assert set(seen) == {dtype} and found.dtype == np.float32
+    exact = predict_logits(model, token_rows)
+    # bfloat16 keeps 8 binary digits.
+    np.testing.assert_allclose(found, exact, atol=0.02 * np.abs(exact).max())
+    assert np.array_equal(found, exact) == (precision == "no")
+
+
+def test_no_reviews_and_logits_that_are_not_finite_are_errors(token_rows):
     model = tiny_model()
-    right = [logits.argmax() == label for logits, label in zip(predict_logits(model, rows), data.labels, strict=True)]
-    assert evaluate_accuracy(model, data) == pytest.approx(sum(right) / len(right))
-    assert 0 < sum(right) < len(right)
+    with pytest.raises(ValueError, match=r"`rows` must have at least one review \(got none\)"):
+        predict_logits(model, [])
+    with torch.no_grad():
+        model.score.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        predict_logits(model, token_rows)
+
+
+def test_accuracy_is_that_of_scikit_learn(token_rows):
+    data = IMDbDataset.__new__(IMDbDataset)
+    data.input_ids, data.labels = token_rows, np.arange(16) % 2
+    predicted = predict_logits(tiny_model(), token_rows).argmax(1)
+    assert evaluate_accuracy(tiny_model(), data) == accuracy_score(data.labels, predicted)
 
 
 # --- intervals ---
 
 
 @pytest.mark.parametrize(("right", "total"), [(0, 10), (1, 10), (45, 50), (50, 50), (940, 1000)])
-def test_the_wilson_interval_is_its_closed_formula(right, total):
-    z, p = norm.ppf(0.975), right / total
-    centre = (p + z**2 / (2 * total)) / (1 + z**2 / total)
-    half = z / (1 + z**2 / total) * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
-    low, high = wilson_interval(np.arange(total) < right)
-    assert (low, high) == pytest.approx((max(0.0, centre - half), min(1.0, centre + half)), abs=1e-12)
+def test_wilsons_limits_are_the_shares_that_the_score_test_just_accepts(right, total):
+    # n (share - p)^2 = z^2 p (1 - p), as a polynomial in p.
+    square, share = norm.ppf(0.975) ** 2, right / total
+    limits = np.sort(np.roots([total + square, -2 * right - square, right * share]).real)
+    assert wilson_interval(np.arange(total) < right) == pytest.approx(limits, abs=1e-9)
 
 
-def test_the_wilson_interval_of_wilsons_own_kind_of_example():
-    # 15 of 20: 0.5313 to 0.8881, as tabulated for the score interval without continuity correction.
-    assert wilson_interval(np.arange(20) < 15) == pytest.approx((0.5313, 0.8881), abs=5e-5)
-
-
-def noisy_predictions(count: int = 150) -> tuple[np.ndarray, np.ndarray]:
+def noisy_predictions(count=150):
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 2, count)
     return labels, np.where(rng.random(count) < 0.8, labels, 1 - labels)
 
 
-def test_the_f1_interval_is_that_of_a_bootstrap_loop():
+def assert_percentiles(found, reference):
+    """Percentiles of RESAMPLES resamples agree with those of many more, within their Monte Carlo error.
+
+    The standard error of a sample's p-quantile is sqrt(p (1 - p) / n) over the density there; the density is estimated
+    from the reference, between the quantiles one standard error away. Four of them are allowed.
+    """
+    for value, p in zip(found, (0.025, 0.975), strict=True):
+        error = np.sqrt(p * (1 - p) / RESAMPLES)
+        low, high = np.quantile(reference, [p - 4 * error, p + 4 * error])
+        assert low - 1e-12 <= value <= high + 1e-12
+
+
+def test_the_f1_interval_is_the_percentile_bootstrap_of_scipy():
     labels, predicted = noisy_predictions()
-    rng, found = np.random.default_rng(3), []
-    for _ in range(evaluation.RESAMPLES):
-        chosen = rng.integers(150, size=150)
-        y, p = labels[chosen], predicted[chosen]
-        precision, recall = (y[p == 1] == 1).mean(), (p[y == 1] == 1).mean()
-        found.append(2 * precision * recall / (precision + recall))
-    expected = np.quantile(found, 0.025), np.quantile(found, 0.975)
-    assert f1_interval(labels, predicted, seed=3) == pytest.approx(expected, abs=1e-12)
-    low, high = expected
-    assert low < f1_score(labels, predicted) < high
-    # A normal approximation of 150 reviews at 80 % is about +-0.065: the interval has a sensible width.
-    assert 0.08 < high - low < 0.2
 
+    def f1(rows, axis):
+        y, p = labels[rows], predicted[rows]
+        hits = ((y == 1) & (p == 1)).sum(axis)
+        return 2 * hits / (2 * hits + (y != p).sum(axis))
 
-def test_the_f1_interval_of_no_positives_is_zero():
-    assert f1_interval(np.zeros(20, int), np.zeros(20, int)) == (0.0, 0.0)
+    rows = (np.arange(150),)
+    reference = bootstrap(rows, f1, n_resamples=50_000, batch=5000, method="percentile", rng=0)
+    assert_percentiles(f1_interval(labels, predicted, seed=3), reference.bootstrap_distribution)
+    assert f1_interval(labels, predicted, seed=3) == f1_interval(labels, predicted, seed=3)
 
 
 @pytest.mark.parametrize("case", ["noisy", "perfect", "never positive", "always positive"])
 def test_evaluate_model_agrees_with_scikit_learn(case):
     labels, predicted = noisy_predictions()
-    predicted = {
-        "noisy": predicted,
-        "perfect": labels,
-        "never positive": np.zeros_like(labels),
-        "always positive": np.ones_like(labels),
-    }[case]
-    logits = np.stack([-predicted, predicted], 1) + 5.0
-    found = evaluate_model(logits, labels)
+    predicted = {"perfect": labels, "never positive": 0 * labels, "always positive": 0 * labels + 1}.get(
+        case, predicted
+    )
+    found = evaluate_model(np.stack([-predicted, predicted], 1) + 5.0, labels)
     assert list(found) == ["accuracy", "accuracy_low", "accuracy_high", "f1", "f1_low", "f1_high", "n"]
-    assert found["n"] == 150
-    assert found["accuracy"] == accuracy_score(labels, predicted)
+    assert (found["n"], found["accuracy"]) == (150, accuracy_score(labels, predicted))
     assert found["f1"] == f1_score(labels, predicted, zero_division=0.0)
     assert (found["accuracy_low"], found["accuracy_high"]) == wilson_interval(labels == predicted)
-    assert found["accuracy_low"] <= found["accuracy"] <= found["accuracy_high"]
     assert found["f1_low"] <= found["f1"] <= found["f1_high"]
-    assert all(math.isfinite(value) for value in found.values())
+    if case == "never positive":
+        assert found["f1_high"] == 0
 
 
 # --- paired tests ---
 
 
-def pair(both: int, only_a: int, only_b: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+def pair(both, only_a, only_b, neither):
     a = np.repeat([True, True, False, False], [both, only_a, only_b, neither])
     b = np.repeat([True, False, True, False], [both, only_a, only_b, neither])
-    order = np.random.default_rng(0).permutation(len(a))
-    return a[order], b[order]
+    return a, b
 
 
-def test_mcnemar_worked_out_by_hand():
+def test_mcnemar_and_the_sign_flip_test_of_one_seed_are_the_binomial_test_on_discordant_reviews():
     # Twelve discordant reviews, 10 to 2: 2 * (C(12,0) + C(12,1) + C(12,2)) / 2^12 = 2 * 79 / 4096.
     assert mcnemar(*pair(80, 10, 2, 8)) == pytest.approx(158 / 4096)
-    # 5 to 0: 2 / 2^5.
-    assert mcnemar(*pair(3, 5, 0, 1)) == pytest.approx(1 / 16)
-    assert mcnemar(*pair(50, 4, 4, 2)) == 1.0
-    assert mcnemar(*pair(50, 0, 0, 2)) == 1.0
+    for counts in itertools.product([0, 20], [0, 1, 7, 40], [0, 4, 12], [3]):
+        a, b = pair(*counts)
+        discordant = counts[1] + counts[2]
+        expected = binomtest(counts[1], discordant, 0.5).pvalue if discordant else 1.0
+        assert mcnemar(a, b) == mcnemar(b, a) == pytest.approx(expected, rel=1e-9)
+        assert sign_flip_test(a.astype(int) - b.astype(int)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_mcnemar_of_a_textbook_table():
-    # The prime minister's approval ratings in Agresti (Categorical Data Analysis, table 10.1): 150 against 86 changed
-    # their mind. His statistic z^2 = 17.36 has p = 3.1e-5; the exact one is near it.
-    p_value = mcnemar(*pair(794, 150, 86, 570))
-    assert p_value == pytest.approx(binomtest(86, 236, 0.5).pvalue, rel=1e-12)
-    assert 2e-5 < p_value < 6e-5
-
-
-def test_mcnemar_is_symmetric_and_ignores_reviews_on_which_the_models_agree():
-    a, b = pair(20, 9, 3, 5)
-    assert mcnemar(a, b) == mcnemar(b, a) == mcnemar(*pair(2000, 9, 3, 500))
-
-
-# --- over seeds ---
-
-
-def test_with_one_seed_the_sign_flip_test_is_mcnemars():
+def test_the_sign_flip_test_is_the_share_of_all_flips_that_are_as_far_out():
     rng = np.random.default_rng(0)
-    for _ in range(40):
-        a, b = rng.random((2, rng.integers(1, 60))) < rng.random((2, 1))
-        sums = a.astype(int) - b.astype(int)
-        ahead, behind = int((sums > 0).sum()), int((sums < 0).sum())
-        expected = binomtest(ahead, ahead + behind, 0.5).pvalue if ahead + behind else 1.0
-        assert sign_flip_test(sums) == pytest.approx(expected, rel=1e-9)
-        assert sign_flip_test(sums) == pytest.approx(mcnemar(a, b), rel=1e-9)
+    assert sign_flip_test(np.array([], int)) == 1.0
+    for n in (1, 2, 5, 9):
+        signs = np.array(list(itertools.product((-1, 1), repeat=n)))
+        for _ in range(20):
+            sums = rng.integers(-3, 4, n)
+            totals = signs @ sums
+            # Equal, not nearly: shares of 2^n are exact in binary.
+            assert sign_flip_test(sums) == (np.abs(totals) >= abs(sums.sum())).mean(), sums
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 9])
-def test_the_sign_flip_test_counts_all_assignments_of_signs(n):
-    rng = np.random.default_rng(n)
-    signs = np.array(list(itertools.product((-1, 1), repeat=n)))
-    for _ in range(20):
-        sums = rng.integers(-3, 4, n)
-        totals = signs @ np.abs(sums)
-        expected = (np.abs(totals) >= abs(sums.sum())).mean()
-        assert sign_flip_test(sums) == pytest.approx(expected, abs=1e-12), sums
-
-
-def test_the_sign_flip_test_worked_out_by_hand():
-    # Totals of +-2 +-1: 3, 1, -1, -3, each with probability 1/4.
-    assert sign_flip_test(np.array([2, 1, 0])) == 0.5
-    assert sign_flip_test(np.array([2, -1])) == 1.0
-    # Six reviews with all three seeds on one side: 2 / 2^6.
-    assert sign_flip_test(np.full(6, -3)) == pytest.approx(1 / 32)
-
-
-def test_the_sign_flip_test_is_symmetric_and_says_nothing_where_nothing_differs():
-    sums = np.random.default_rng(1).integers(-3, 4, 200)
-    p_value = sign_flip_test(sums)
-    assert sign_flip_test(-sums) == p_value
-    assert sign_flip_test(np.concatenate([sums, np.zeros(1000, int)])) == p_value
-    assert sign_flip_test(sums[::-1]) == pytest.approx(p_value)
-    assert sign_flip_test(np.zeros(50, int)) == sign_flip_test(np.array([], int)) == 1.0
+def test_the_sign_flip_test_of_signed_ranks_is_wilcoxons():
+    rng = np.random.default_rng(0)
+    for n in (3, 10, 45):
+        ranks = rng.permutation(np.arange(1, n + 1)) * rng.choice([-1, 1], n)
+        assert sign_flip_test(ranks) == pytest.approx(wilcoxon(ranks, method="exact").pvalue, rel=1e-9)
 
 
 def test_the_sign_flip_test_of_a_whole_test_part_is_quick_and_near_its_normal_approximation():
     sums = np.random.default_rng(0).choice([-3, -2, -1, 0, 1, 2, 3], 2500, p=[0.01, 0.02, 0.05, 0.8, 0.07, 0.03, 0.02])
     started = time.process_time()
     p_value = sign_flip_test(sums)
-    assert time.process_time() - started < 2
+    # It takes hundredths of a second; all 2^500 flips would never end.
+    assert time.process_time() - started < 5
     z = (abs(sums.sum()) - 0.5) / np.sqrt((sums**2).sum())
     assert p_value == pytest.approx(2 * norm.sf(z), rel=0.05)
 
 
-@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (3, 7), (40, 12)])
-def test_a_paired_difference_has_the_sign_of_a_minus_b_and_a_bootstrap_interval(only_a, only_b):
-    a, b = pair(60, only_a, only_b, 10)
-    found = paired_difference(a, b, seed=2)
+def literal_differences(a, b, resamples=20_000):
+    """Mean differences of resampled reviews and seeds, by index, as the definition of the bootstrap says."""
+    change, rng = a.astype(float) - b.astype(float), np.random.default_rng(9)
+    seeds, n = change.shape
+    return [change[rng.integers(seeds, size=seeds)][:, rng.integers(n, size=n)].mean() for _ in range(resamples)]
+
+
+@pytest.mark.parametrize("counts", [(60, 3, 7, 10), (60, 40, 12, 10)])
+def test_a_paired_difference_of_one_seed_has_the_percentile_bootstrap_of_scipy(counts):
+    a, b = pair(*counts)
+    found = paired_difference(a, b)
     assert list(found) == ["difference", "low", "high", "p_value", "n", "seeds", "spread"]
     assert found["difference"] == pytest.approx(a.mean() - b.mean(), abs=1e-12)
     assert (found["n"], found["seeds"], found["spread"]) == (len(a), 1, 0.0)
     assert found["p_value"] == pytest.approx(mcnemar(a, b))
-    rng = np.random.default_rng(2)
-    means = [np.mean(a[chosen]) - np.mean(b[chosen]) for chosen in rng.integers(len(a), size=(2000, len(a)))]
-    assert (found["low"], found["high"]) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
-    back = paired_difference(b, a, seed=2)
-    assert (back["difference"], back["low"], back["high"]) == pytest.approx(
-        (-found["difference"], -found["high"], -found["low"]), abs=1e-12
-    )
-    assert paired_difference(a[None], b[None], seed=2) == found, "one seed with or without its axis"
+    change = (a.astype(float) - b,)
+    reference = bootstrap(change, np.mean, n_resamples=50_000, batch=5000, method="percentile", rng=0)
+    assert_percentiles((found["low"], found["high"]), reference.bootstrap_distribution)
+    assert paired_difference(a[None], b[None]) == found, "one seed with or without its axis"
+    same = paired_difference(a, a)
+    assert (same["difference"], same["low"], same["high"], same["p_value"]) == (0, 0, 0, 1)
 
 
 def test_a_paired_difference_over_seeds_resamples_reviews_and_seeds():
     rng = np.random.default_rng(5)
-    a, b = rng.random((3, 80)) < 0.8, rng.random((3, 80)) < 0.7
-    found = paired_difference(a, b, seed=4)
-    by_seed = [one.mean() - other.mean() for one, other in zip(a, b, strict=True)]
+    a, b = rng.random((3, 80)) < np.array([[0.9], [0.8], [0.75]]), rng.random((3, 80)) < 0.7
+    found = paired_difference(a, b)
+    by_seed = (a.mean(1) - b.mean(1)).tolist()
     assert found["difference"] == pytest.approx(sum(by_seed) / 3)
     assert found["spread"] == pytest.approx(statistics.stdev(by_seed))
     assert (found["n"], found["seeds"]) == (80, 3)
-    assert found["low"] < found["difference"] < found["high"]
-    ahead = [sum(int(a[s, i]) - int(b[s, i]) for s in range(3)) for i in range(80)]
-    assert found["p_value"] == sign_flip_test(np.array(ahead))
-    rng, means = np.random.default_rng(4), []
-    reviews, seeds = rng.integers(80, size=(2000, 80)), rng.integers(3, size=(3, 2000))
-    for i in range(2000):
-        means.append(np.mean([a[s, reviews[i]].mean() - b[s, reviews[i]].mean() for s in seeds[:, i]]))
-    assert (found["low"], found["high"]) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
+    assert found["p_value"] == sign_flip_test((a.astype(int) - b).sum(0))
+    assert_percentiles((found["low"], found["high"]), literal_differences(a, b))
+    # Of two models that differ in seeds, the seeds of both are compared.
+    assert paired_difference(a, b[:2]) == paired_difference(a[:2], b[:2])
+    assert paired_difference(a, b[0]) == paired_difference(a[0], b[0])
 
 
 def test_seeds_that_disagree_widen_the_interval():
     a = np.repeat([[True], [True], [False]], 400, axis=1)
     b = np.repeat([[False], [True], [True]], 400, axis=1)
     found = paired_difference(a, b)
-    assert (found["difference"], found["spread"]) == (0, 1)
     # Each of three draws is +1, 0 or -1: all three alike, and so a mean of 1, happens in one of 27.
-    assert (found["low"], found["high"]) == (-1, 1)
-
-
-def test_of_two_models_the_seeds_that_both_have_are_compared():
-    rng = np.random.default_rng(0)
-    three, two, one = rng.random((3, 50)) < 0.8, rng.random((2, 50)) < 0.8, rng.random(50) < 0.8
-    assert paired_difference(three, two) == paired_difference(three[:2], two)
-    assert paired_difference(three, one) == paired_difference(three[0], one)
-    assert paired_difference(one, two)["seeds"] == 1
+    assert (found["difference"], found["spread"], found["low"], found["high"]) == (0, 1, -1, 1)
 
 
 def test_accuracy_over_seeds_is_their_mean_between_the_lowest_and_the_highest():
     correct = np.arange(40) < np.array([[20], [30], [22]])
     found = over_seeds(correct)
     assert found == pytest.approx({"accuracy": 0.6, "accuracy_low": 0.5, "accuracy_high": 0.75, "seeds": 3})
-    low, high = binomtest(20, 40).proportion_ci(method="wilson")
-    one = {"accuracy": 0.5, "accuracy_low": low, "accuracy_high": high, "seeds": 1}
-    assert over_seeds(correct[0]) == over_seeds(correct[:1]) == pytest.approx(one)
+    low, high = wilson_interval(correct[0])
+    single = {"accuracy": 0.5, "accuracy_low": low, "accuracy_high": high, "seeds": 1}
+    assert over_seeds(correct[0]) == over_seeds(correct[:1]) == pytest.approx(single)
 
 
 # --- many tests ---
 
 
-def test_holm_worked_out_by_hand():
-    # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1 is 0.02, 0.03, 0.06, 0.04, and the last may not fall below 0.06.
+def test_holm_is_the_closure_of_bonferroni():
+    # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1 is 0.02, 0.03, 0.06, 0.04, and the last may not be below 0.06.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.5, 0.9, 0.6]) == [1.0, 1.0, 1.0]
-    assert holm([0.02]) == [0.02]
-
-
-def test_holm_rejects_what_the_step_down_rule_rejects():
     rng = np.random.default_rng(0)
-    for _ in range(50):
-        p_values = (rng.random(6) ** 3).tolist()
-        rejected = set()
-        for step, i in enumerate(np.argsort(p_values)):
-            if p_values[i] > 0.05 / (6 - step):
-                break
-            rejected.add(int(i))
-        assert {i for i, p in enumerate(holm(p_values)) if p <= 0.05} == rejected
+    for size in (0, 1, 4, 6):
+        p_values = (rng.random(size) ** 3).tolist()
+        # An adjusted p-value is the largest that Bonferroni gives any set of hypotheses that has this one.
+        sets = [chosen for k in range(size) for chosen in itertools.combinations(range(size), k + 1)]
+        corrected = {chosen: min(1.0, len(chosen) * min(p_values[j] for j in chosen)) for chosen in sets}
+        expected = [max(corrected[chosen] for chosen in sets if i in chosen) for i in range(size)]
+        assert holm(p_values) == pytest.approx(expected, rel=1e-12, abs=0)
 
 
-COLUMNS = "comparison metric difference low high p_value p_adjusted n seeds spread"
-
-
-def test_the_significance_table_has_the_columns_of_the_contract_and_a_row_a_pair():
-    rng = np.random.default_rng(0)
-    correct = {name: rng.random(200) < share for name, share in (("dense", 0.9), ("pruned", 0.7), ("student", 0.85))}
-    table = significance_table(correct, [("pruned", "dense"), ("student", "pruned"), ("dense", "student")])
-    assert list(table.columns) == COLUMNS.split()
-    assert table["comparison"].tolist() == ["pruned - dense", "student - pruned", "dense - student"]
-    assert table["metric"].tolist() == ["accuracy"] * 3
-    assert table["n"].tolist() == [200] * 3
-    assert table["seeds"].tolist() == [1] * 3
-    assert table["spread"].tolist() == [0.0] * 3
-    assert table["p_adjusted"].tolist() == holm(table["p_value"].tolist())
-    assert (table["p_adjusted"] >= table["p_value"]).all()
-    first = table.iloc[0]
-    assert first["difference"] == pytest.approx(correct["pruned"].mean() - correct["dense"].mean())
-    assert first["low"] < first["difference"] < first["high"] < 0
-    only, other = (int((correct[a] & ~correct[b]).sum()) for a, b in (("pruned", "dense"), ("dense", "pruned")))
-    assert first["p_value"] == pytest.approx(binomtest(only, only + other).pvalue)
-    by_itself = significance_table(correct, [("pruned", "dense")])
-    assert by_itself["p_adjusted"].tolist() == by_itself["p_value"].tolist() == [first["p_value"]]
-
-
-def test_models_of_one_seed_and_of_several_stand_in_one_significance_table():
+def test_the_significance_table_has_a_row_per_pair_and_adjusted_p_values():
     rng = np.random.default_rng(0)
     correct = {"dense": rng.random((3, 60)) < 0.9, "pruned": rng.random((3, 60)) < 0.7, "student": rng.random(60) < 0.8}
-    table = significance_table(correct, against(correct, "dense")).set_index("comparison")
-    assert table["seeds"].to_dict() == {"pruned - dense": 3, "student - dense": 1}
-    assert table.loc["pruned - dense", "difference"] == pytest.approx(
-        correct["pruned"].mean() - correct["dense"].mean()
-    )
-    assert table.loc["student - dense", "difference"] == pytest.approx(
-        correct["student"].mean() - correct["dense"][0].mean()
-    )
-
-
-def test_against_pairs_every_other_model_with_the_line():
-    correct = {name: np.ones(3, bool) for name in ("a", "line", "b")}
-    assert against(correct, "line") == [("a", "line"), ("b", "line")]
+    pairs = against(correct, "dense")
+    assert pairs == [("pruned", "dense"), ("student", "dense")]
+    table = significance_table(correct, pairs)
+    assert " ".join(table) == "comparison metric difference low high p_value p_adjusted n seeds spread"
+    assert table["comparison"].tolist() == ["pruned - dense", "student - dense"]
+    assert table["p_adjusted"].tolist() == holm(table["p_value"].tolist())
+    for (a, b), row in zip(pairs, table.to_dict("records"), strict=True):
+        expected = paired_difference(correct[a], correct[b])
+        assert {name: row[name] for name in expected} == expected

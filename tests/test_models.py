@@ -1,35 +1,50 @@
-"""Models: which weights may be pruned, students, saving and loading, predictions, errors."""
+"""Models: which weights may be pruned, students, saving and loading, and errors in one line."""
 
+import builtins
 import json
+import pickle
+import re
 import shutil
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
 )
 
 from nbhelpers import models
-from nbhelpers.evaluation import predict_logits
-from nbhelpers.models import MINI, ModelError, create_model, create_student, prunable_weights, stored_in_out
+from nbhelpers.models import (
+    MINI,
+    ModelError,
+    check_model,
+    create_model,
+    create_student,
+    prunable_weights,
+    stored_in_out,
+)
 from nbhelpers.profiles import get_profile
 
+PROJECT = Path(__file__).parent.parent
 
-def tiny_gpt2(layers: int = 2, spread: float = 0.02) -> GPT2ForSequenceClassification:
+
+def tiny_gpt2(layers: int = 2) -> GPT2ForSequenceClassification:
     torch.manual_seed(0)
     sizes = {"n_embd": 8, "n_layer": layers, "n_head": 2, "n_positions": 16, "vocab_size": 20}
-    sizes["initializer_range"] = spread
     return GPT2ForSequenceClassification(GPT2Config(**sizes, pad_token_id=0, num_labels=2)).eval()
 
 
 def tiny_llama(layers: int = 2) -> LlamaForSequenceClassification:
-    """Two query heads share a key and a value head: k and v are narrower than q and o."""
+    """A Llama with grouped-query attention."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": layers, "vocab_size": 20}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -39,59 +54,34 @@ def tiny_llama(layers: int = 2) -> LlamaForSequenceClassification:
 # --- prunable weights ---
 
 
-def test_prunable_weights_of_gpt2_are_the_four_matrices_of_each_block():
-    model = tiny_gpt2()
-    found = prunable_weights(model)
-    assert {name: tuple(weight.shape) for name, weight in found.items()} == {
-        "transformer.h.0.attn.c_attn.weight": (8, 24),
-        "transformer.h.0.attn.c_proj.weight": (8, 8),
-        "transformer.h.0.mlp.c_fc.weight": (8, 32),
-        "transformer.h.0.mlp.c_proj.weight": (32, 8),
-        "transformer.h.1.attn.c_attn.weight": (8, 24),
-        "transformer.h.1.attn.c_proj.weight": (8, 8),
-        "transformer.h.1.mlp.c_fc.weight": (8, 32),
-        "transformer.h.1.mlp.c_proj.weight": (32, 8),
-    }
-    parameters = dict(model.named_parameters())
+GPT2_SHAPES = {"attn.c_attn": (8, 24), "attn.c_proj": (8, 8), "mlp.c_fc": (8, 32), "mlp.c_proj": (32, 8)}
+# Grouped-query attention: k and v are narrower than q and o.
+LLAMA_SHAPES = {
+    f"self_attn.{name}_proj": shape for name, shape in zip("qkvo", ((8, 8), (4, 8), (4, 8), (8, 8)), strict=True)
+}
+LLAMA_SHAPES |= {"mlp.gate_proj": (12, 8), "mlp.up_proj": (12, 8), "mlp.down_proj": (8, 12)}
+
+
+@pytest.mark.parametrize(
+    ("build", "blocks", "shapes"),
+    [(tiny_gpt2, "transformer.h", GPT2_SHAPES), (tiny_llama, "model.layers", LLAMA_SHAPES)],
+)
+def test_prunable_weights_are_the_matrices_of_each_block_and_nothing_else(build, blocks, shapes):
+    model = build()
+    found, parameters = prunable_weights(model), dict(model.named_parameters())
+    expected = {f"{blocks}.{i}.{name}.weight": shape for i in (0, 1) for name, shape in shapes.items()}
+    assert {name: tuple(weight.shape) for name, weight in found.items()} == expected
     assert all(weight is parameters[name] for name, weight in found.items()), "the parameters themselves, not copies"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_the_way_in_which_a_weight_is_stored_is_told_from_what_its_layer_computes(family):
+def test_a_weight_is_stored_as_its_layer_multiplies_by_it(family):
     model = {"gpt2": tiny_gpt2, "llama": tiny_llama}[family]()
     for name, weight in prunable_weights(model).items():
         inputs = weight.shape[0 if stored_in_out(model, name) else 1]
         x, layer = torch.randn(3, inputs), model.get_submodule(name.removesuffix(".weight"))
         product = x @ weight if stored_in_out(model, name) else x @ weight.t()
         torch.testing.assert_close(layer(x), product + (layer.bias if layer.bias is not None else 0))
-
-
-def test_prunable_weights_of_llama_are_the_seven_matrices_of_each_block():
-    model = tiny_llama()
-    shapes = {
-        "self_attn.q_proj": (8, 8),
-        "self_attn.k_proj": (4, 8),
-        "self_attn.v_proj": (4, 8),
-        "self_attn.o_proj": (8, 8),
-        "mlp.gate_proj": (12, 8),
-        "mlp.up_proj": (12, 8),
-        "mlp.down_proj": (8, 12),
-    }
-    expected = {f"model.layers.{i}.{name}.weight": shape for i in (0, 1) for name, shape in shapes.items()}
-    found = prunable_weights(model)
-    assert {name: tuple(weight.shape) for name, weight in found.items()} == expected
-    assert all(weight is dict(model.named_parameters())[name] for name, weight in found.items())
-
-
-@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
-def test_embeddings_head_norms_and_biases_are_never_prunable(build):
-    model = build()
-    left = set(dict(model.named_parameters())) - set(prunable_weights(model))
-    assert all(
-        name.endswith(".bias") or any(part in name for part in ("wte", "wpe", "embed", "ln_", "norm", "score"))
-        for name in left
-    )
-    assert {"score.weight"} < left
 
 
 def test_position_reads_layer_and_module_off_a_name():
@@ -103,7 +93,7 @@ def test_position_reads_layer_and_module_off_a_name():
 
 
 @pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
-@pytest.mark.parametrize(("layers", "chosen"), [(2, [0, 4]), (3, [0, 2, 4]), (5, [0, 1, 2, 3, 4])])
+@pytest.mark.parametrize(("layers", "chosen"), [(1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (5, [0, 1, 2, 3, 4])])
 def test_a_student_takes_evenly_spaced_blocks_the_first_and_the_last_among_them(build, layers, chosen):
     teacher = build(layers=5)
     student = create_student(teacher, layers)
@@ -117,28 +107,11 @@ def test_a_student_takes_evenly_spaced_blocks_the_first_and_the_last_among_them(
     assert all(torch.equal(student.state_dict()[name], value) for name, value in outside.items())
 
 
-def test_a_student_of_all_layers_computes_what_its_teacher_does():
-    teacher = tiny_gpt2()
-    ids = torch.tensor([[3, 4, 5], [6, 7, 0]])
-    assert torch.equal(create_student(teacher, 2)(input_ids=ids).logits, teacher(input_ids=ids).logits)
-
-
-def test_a_student_is_a_copy_that_leaves_the_teacher_alone():
-    teacher = tiny_gpt2()
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    student = create_student(teacher, 1)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.add_(1.0)
-    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
-    assert teacher.config.num_hidden_layers == 2
-
-
 def test_a_random_student_shares_no_weight_with_the_teacher_and_follows_its_seed():
     teacher = tiny_gpt2()
-    one, same, other = (create_student(teacher, 1, seed, from_teacher=False) for seed in (1, 1, 2))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
-    weights, others = prunable_weights(one), prunable_weights(other)
+    student, same, other = (create_student(teacher, 1, seed, from_teacher=False) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), same.parameters(), strict=True))
+    weights, others = prunable_weights(student), prunable_weights(other)
     for name, weight in weights.items():
         assert not torch.equal(weight, prunable_weights(teacher)[name])
         assert not torch.equal(weight, others[name])
@@ -146,7 +119,7 @@ def test_a_random_student_shares_no_weight_with_the_teacher_and_follows_its_seed
 
 @pytest.mark.parametrize("layers", [0, 3])
 def test_a_student_of_more_layers_than_the_teacher_or_none_is_refused(layers):
-    with pytest.raises(ModelError, match=f"a student of {layers} layers: the teacher has 2"):
+    with pytest.raises(ModelError, match=rf"`layers` must be from 1 to the 2 of the teacher \(got {layers}\)"):
         create_student(tiny_gpt2(), layers)
 
 
@@ -172,9 +145,9 @@ def test_a_saved_model_comes_back_bit_by_bit_in_float32(build, tmp_path):
 @pytest.mark.parametrize("name", ["smoke", "quick"])
 def test_a_model_follows_its_seed(name):
     profile = get_profile(name)
-    one, same, other = (create_model(profile, seed).state_dict() for seed in (1, 1, 2))
-    assert all(torch.equal(value, same[key]) for key, value in one.items())
-    assert not torch.equal(one["score.weight"], other["score.weight"])
+    model, same, other = (create_model(profile, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(value, same[key]) for key, value in model.items())
+    assert not torch.equal(model["score.weight"], other["score.weight"])
 
 
 def test_a_model_is_float32_in_eval_mode_with_two_named_classes_and_a_padding_token():
@@ -201,114 +174,205 @@ def test_the_mini_model_has_a_pretrained_body_that_no_seed_changes_and_a_random_
     assert {n: w.shape for n, w in random.state_dict().items()} == {n: w.shape for n, w in model.state_dict().items()}
 
 
-# --- errors ---
+# --- a user's own folder, and errors ---
 
 
-def test_a_missing_folder_is_an_error_that_names_it():
-    with pytest.raises(ModelError, match="'/no/such/folder' does not exist: it takes mini, a hub id or a local folder"):
-        create_model(get_profile("quick", model="/no/such/folder"))
+@pytest.fixture(scope="module")
+def own_model(tmp_path_factory):
+    """A tiny GPT-2 with the shipped tokenizer, as a user's own folder."""
+    folder = tmp_path_factory.mktemp("model")
+    for file in MINI.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    save(folder, GPT2ForSequenceClassification, GPT2Config, n_embd=8, n_layer=2, n_head=2, n_positions=64)
+    return folder
 
 
-def test_an_unreachable_hub_is_an_error_that_names_the_model():
-    with pytest.raises(ModelError, match=r"'nobody/no-such-model' cannot be loaded .*HF_HUB_OFFLINE"):
-        create_model(get_profile("quick", model="nobody/no-such-model"))
+def save(folder, kind, config, **shape):
+    """Save a random model of some kind to a folder that has its tokenizer."""
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
+    kind(config(vocab_size=AutoConfig.from_pretrained(MINI).vocab_size, **ids, **shape)).save_pretrained(folder)
 
 
-def test_a_folder_without_a_model_is_an_error(tmp_path):
-    with pytest.raises(ModelError, match="cannot be loaded"):
-        models.check_model(get_profile("quick", model=str(tmp_path)))
+def edit(folder, name="config.json", **values):
+    """Change fields of a JSON file in a folder."""
+    found = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(found | values))
 
 
-def test_more_tokens_than_positions_is_an_error():
-    positions = AutoConfig.from_pretrained(MINI).n_positions
-    models.check_model(get_profile("quick", max_tokens=positions))
-    with pytest.raises(ModelError, match=f"max_tokens is {positions + 1}: 'mini' takes at most {positions}"):
-        models.check_model(get_profile("quick", max_tokens=positions + 1))
+def encoder(folder):
+    shape = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    save(folder, BertForSequenceClassification, BertConfig, **shape)
 
 
-def test_a_student_deeper_than_the_model_is_an_error_before_the_run():
-    with pytest.raises(ModelError, match=r"student_layers is \(99,\): the teacher 'mini' has \d+ layers"):
-        models.check_model(get_profile("quick", student_layers="99"))
+def image_config(folder):
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+
+
+def half(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def not_finite(folder):
+    model = GPT2ForSequenceClassification.from_pretrained(folder)
+    model.transformer.h[1].mlp.c_fc.weight.data[0, 0] = float("nan")
+    model.save_pretrained(folder)
+
+
+def pickled(folder):
+    """Pickle the weights so that reading them would leave a file behind."""
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(folder)))
+
+
+def pickled_shards(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "part.bin").write_bytes(pickle.dumps(Touch(folder)))
+    names = GPT2ForSequenceClassification(AutoConfig.from_pretrained(folder)).state_dict()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "part.bin")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+class Touch:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return open, (str(self.folder / "ran"), "w")
+
+
+def own_code(folder):
+    """Make it a type that only its own code knows; running the code would leave a file behind."""
+    code = "from transformers import GPT2Config as C, GPT2ForSequenceClassification as M\n"
+    (folder / "own.py").write_text(f"{code}open({str(folder / 'ran')!r}, 'w')\n")
+    classes = {"AutoConfig": "own.C", "AutoModelForSequenceClassification": "own.M"}
+    edit(folder, model_type="own", auto_map=classes)
+
+
+def no_tokenizer(folder):
+    """Remove the tokenizer, of which transformers would make an empty one."""
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def no_special_tokens(folder):
+    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
+    PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")).save_pretrained(folder)
+
+
+def one_token_more(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<another>"])
+    tokenizer.save_pretrained(folder)
+
+
+KIND = "`model` must be a decoder with a classification head and blocks named h or layers"
+FILES = "its folder must hold config.json, tokenizer.json and model.safetensors"
+DAMAGED = "damaged or truncated, download them again"
+BAD_MODELS = {
+    "an encoder": (encoder, "BertForSequenceClassification has no blocks of that name", KIND),
+    "a model of images": (image_config, "is of the type vit", KIND),
+    "an encoder's config": (lambda f: edit(f, model_type="bert"), "must match its config.json", "the first is bert."),
+    "no config": (lambda f: (f / "config.json").unlink(), "cannot be loaded", FILES),
+    "no layers": (lambda f: edit(f, n_layer=0), "`student_layers` must be at most the 0 layers", "got (1,)"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no file named model.safetensors", FILES),
+    "half of the weights": (half, "file not fully covered", DAMAGED),
+    # transformers would initialise missing weights at random, without an error.
+    "more layers than weights": (lambda f: edit(f, n_layer=4), "24 are missing", "the first is transformer.h.2."),
+    "another width": (lambda f: edit(f, n_embd=16), "must match its config.json (28 are", "have another shape"),
+    "weights that are not finite": (not_finite, "must be finite numbers", "download them again"),
+    "pickled weights": (pickled, "got pytorch_model.bin, a pickle", "must be model.safetensors"),
+    "pickled shards": (pickled_shards, "got part.bin, a pickle", "must be model.safetensors"),
+    "code of its own": (own_code, "needs code of its own, which is never run", KIND),
+    "no tokenizer": (no_tokenizer, "must have a tokenizer.json", "its tokenizer is empty"),
+    "a tokenizer that is no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "cannot be loaded", FILES),
+    "no token to pad with": (no_special_tokens, "the tokenizer of", "must have a pad_token or an eos_token"),
+    "one token more": (one_token_more, "its tokenizer's 8193 tokens", "has 8192"),
+    "fewer positions": (lambda f: edit(f, n_positions=16), "`max_tokens` must be at most 16", "got 32"),
+    "fewer features": (lambda f: edit(f, n_embd=4), "`embedding_rank` must be below the 4 features", "got 4"),
+}  # fmt: skip
 
 
 @pytest.fixture
-def local_folder(tmp_path):
-    """The shipped tokenizer beside a random model of its vocabulary, as a user's own folder."""
-    for file in MINI.glob("tokenizer*"):
-        shutil.copy(file, tmp_path)
-    torch.manual_seed(0)
-    vocabulary = AutoConfig.from_pretrained(MINI).vocab_size
-    config = GPT2Config(n_embd=8, n_layer=2, n_head=2, n_positions=64, vocab_size=vocabulary, num_labels=2)
-    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
-    return tmp_path
+def damaged(own_model, tmp_path_factory):
+    """A function that returns a damaged copy of the tiny model."""
+
+    def copy_and_damage(damage) -> Path:
+        folder = tmp_path_factory.mktemp("models") / "damaged"
+        shutil.copytree(own_model, folder)
+        damage(folder)
+        return folder
+
+    return copy_and_damage
 
 
-def test_a_local_folder_is_a_model(local_folder):
-    profile = get_profile("quick", model=str(local_folder), max_tokens=64, embedding_rank=4)
-    models.check_model(profile)
-    assert len(prunable_weights(create_model(profile))) == 8
+@pytest.mark.parametrize(("damage", "found", "expected"), BAD_MODELS.values(), ids=BAD_MODELS)
+def test_a_bad_model_is_an_error_in_one_line(damaged, monkeypatch, damage, found, expected):
+    # Whoever answers yes to every question must not run code or read a pickle either.
+    monkeypatch.setattr(builtins, "input", lambda *_: "y")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    folder = damaged(damage)
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ModelError) as error:
+        check_model(get_profile("smoke", model=str(folder)))
+    message = str(error.value)
+    assert f"'{folder}'" in message or "SequenceClassification" in message
+    assert found in message and expected in message and len(message.splitlines()) == 1
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files, "and no code ran"
 
 
-def test_a_tokenizer_without_padding_token_pads_with_end_of_text(local_folder):
-    path = local_folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text())
-    settings.pop("pad_token")
-    path.write_text(json.dumps(settings))
-    profile = get_profile("quick", model=str(local_folder), max_tokens=64)
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/no/such/folder", "must be mini, a Hub id or a local folder ('/no/such/folder' does not exist)"),
+        ("y" * 5000, "(5,002 characters) does not exist)"),
+        (str(MINI / "config.json"), "is not a folder)"),
+        ("nobody/no-such-model", "check its name and model_revision, the network and HF_HUB_OFFLINE"),
+    ],
+)
+def test_a_model_that_cannot_be_found_is_an_error_in_one_line(source, message):
+    with pytest.raises(ModelError) as error:
+        create_model(get_profile("quick", model=source))
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_tokenizer_without_padding_token_pads_with_end_of_text(damaged):
+    folder = damaged(lambda folder: edit(folder, "tokenizer_config.json", pad_token=None))
+    profile = get_profile("smoke", model=str(folder))
+    check_model(profile)
     tokenizer = models.load_tokenizer(profile)
     assert tokenizer.pad_token == tokenizer.eos_token == "<|endoftext|>"
     assert tokenizer.padding_side == "right"
     assert create_model(profile).config.pad_token_id == tokenizer.eos_token_id
 
 
-def test_a_tokenizer_larger_than_the_embeddings_is_an_error(local_folder):
-    config = json.loads((local_folder / "config.json").read_text()) | {"vocab_size": 100}
-    (local_folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"100 embeddings, its tokenizer \d+ tokens: they do not belong together"):
-        models.check_model(get_profile("quick", model=str(local_folder), max_tokens=64))
+def test_code_that_comes_with_a_model_that_does_not_need_it_is_left_alone(damaged, monkeypatch):
+    monkeypatch.setattr(builtins, "input", lambda *_: "y")
+    folder = damaged(own_code)
+    edit(folder, model_type="gpt2")
+    profile = get_profile("smoke", model=str(folder))
+    check_model(profile)
+    models.save_dense(create_model(profile), folder / "again")
+    models.load_dense(folder / "again")
+    assert type(create_model(profile)).__module__.startswith("transformers.")
+    assert not (folder / "ran").exists()
 
 
-# --- prediction ---
+def test_shards_and_a_head_for_other_classes_are_fine(own_model, tmp_path):
+    for file in own_model.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    body = GPT2ForSequenceClassification.from_pretrained(own_model, num_labels=5, ignore_mismatched_sizes=True)
+    body.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    profile = get_profile("smoke", model=str(tmp_path))
+    check_model(profile)
+    found = create_model(profile)
+    assert found.score.out_features == 2
+    assert all(torch.equal(v, body.transformer.state_dict()[n]) for n, v in found.transformer.state_dict().items())
 
 
-@pytest.fixture
-def token_rows() -> list[list[int]]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(1, 20, length).tolist() for length in rng.permutation(np.arange(1, 17))]
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_logits_come_in_the_order_of_the_reviews_whatever_the_batches(token_rows, batch_size):
-    model = tiny_gpt2(spread=0.3).train()
-    found = predict_logits(model, token_rows, batch_size)
-    assert found.shape == (16, 2)
-    assert found.dtype == np.float32
-    assert not model.training, "dropout must be off"
-    with torch.inference_mode():
-        alone = np.concatenate([model(input_ids=torch.tensor([row])).logits.numpy() for row in token_rows])
-    # float32 products of width 8 to 32 in another order: a few 1e-7.
-    np.testing.assert_allclose(found, alone, atol=1e-5)
-    assert np.ptp(alone[:, 0]) > 0.1, "rows that are all alike would show no order"
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
-def test_models_are_judged_in_the_precision_that_is_asked_for(token_rows, precision, dtype):
-    model, seen = tiny_gpt2(spread=0.3), []
-    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
-    found = predict_logits(model, token_rows, precision=precision)
-    assert set(seen) == {dtype}
-    assert found.dtype == np.float32
-    exact = predict_logits(model, token_rows)
-    # bfloat16 keeps 8 binary digits.
-    np.testing.assert_allclose(found, exact, atol=0.02 * np.abs(exact).max())
-    assert np.array_equal(found, exact) == (precision == "no")
-
-
-def test_no_reviews_and_logits_that_are_not_finite_are_errors(token_rows):
-    model = tiny_gpt2()
-    with pytest.raises(ValueError, match="there are no reviews to predict"):
-        predict_logits(model, [])
-    with torch.no_grad():
-        model.score.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="logits are not finite"):
-        predict_logits(model, token_rows)
+def test_nothing_lets_a_model_run_its_code_or_reads_a_pickle():
+    files = [*(PROJECT / "nbhelpers").rglob("*.py"), *(PROJECT / "notebooks").glob("*.ipynb")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    assert set(re.findall(r"trust_remote_code\W{1,4}(\w+)", code)) == {"False", "in"}
+    assert not re.findall(r"torch\.load\(|\bimport pickle|\bimport joblib|allow_pickle", code)

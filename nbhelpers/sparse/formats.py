@@ -2,31 +2,28 @@
 
 import torch
 
-LEVELS = 127  # of int8, as many on either side of zero
-
-
-# --- formats ---
+LEVELS = 127  # of int8, on either side of zero
 
 
 def to_csr(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(values, columns, starts) of the weights of [out, in] that are not zero; NaN is kept."""
+    """Return (values, columns, starts) of the weights of [out, in] that are not zero; NaN is kept."""
     return mask_to_csr(weight != 0, weight[weight != 0])
 
 
 def mask_to_csr(mask: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """CSR of the values [nnz] that stand, row by row, where the mask [out, in] is True."""
+    """Return the CSR of values [nnz] that are, row by row, where the mask [out, in] is True."""
     starts = torch.zeros(len(mask) + 1, dtype=torch.int32, device=mask.device)
     starts[1:] = mask.sum(1).cumsum(0)
     return values, mask.nonzero()[:, 1].to(torch.int32), starts
 
 
 def row_numbers(starts: torch.Tensor) -> torch.Tensor:
-    """The row [nnz] of each value of a matrix in CSR."""
+    """Return the row [nnz] of each value of a matrix in CSR."""
     return torch.arange(len(starts) - 1, device=starts.device).repeat_interleave(starts.diff())
 
 
 def to_mask(matrix: tuple[torch.Tensor, ...], in_features: int) -> torch.Tensor:
-    """Where [out, in] has weights left."""
+    """Return where the matrix [out, in] has weights: bool."""
     _, columns, starts, bias = matrix
     mask = torch.zeros(len(bias), in_features, dtype=torch.bool, device=columns.device)
     mask[row_numbers(starts), columns] = True
@@ -34,13 +31,13 @@ def to_mask(matrix: tuple[torch.Tensor, ...], in_features: int) -> torch.Tensor:
 
 
 def to_weight(matrix: tuple[torch.Tensor, ...], in_features: int) -> torch.Tensor:
-    """The dense weight [out, in] with zeros where weights are gone."""
+    """Return the dense weight [out, in] with zeros where weights are gone."""
     mask = to_mask(matrix, in_features)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter_(mask, matrix[0])
 
 
 def random_matrix(out_features: int, in_features: int, density: float, device: str = "cpu") -> tuple:
-    """A random matrix in CSR with a bias, the same one each time."""
+    """Return a random matrix in CSR with a bias, the same one each time."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator)
     mask = torch.rand(weight.shape, generator=generator) < density
@@ -49,7 +46,7 @@ def random_matrix(out_features: int, in_features: int, density: float, device: s
 
 
 def quantize_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 [n] and scales float32 [count] for values [n] that stand in the rows [n] of ``count``.
+    """Return int8 numbers [n] and scales float32 [count] for values [n] in the rows [n] of ``count`` rows.
 
     A value is its number times its row's scale, to within half a scale; a row of zeros has the scale 1.
     """

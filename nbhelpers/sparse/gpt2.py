@@ -1,8 +1,8 @@
 """GPT-2 for sequence classification on sparse matrices: inference only, and only what the logits depend on.
 
-A batch of reviews is padded to the longest one. Here only the real tokens are computed: they stand behind each other
-in one [tokens, features] matrix, and are laid out as [reviews, length] for attention alone. Of the last block only the
-last token of each review is computed, since nothing reads the others; they still are its keys and values. The names of
+A batch of reviews is padded to the longest one. Here only the real tokens are computed: they are packed one after the
+other in a [tokens, features] matrix, and laid out as [reviews, length] for attention only. In the last block only the
+last token of each review is computed, since nothing reads the others except as its keys and values. The names of
 modules and parameters are those of ``transformers``.
 """
 
@@ -25,19 +25,19 @@ TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names of the function that 
 
 
 def kept_heads(config: GPT2Config) -> list[int]:
-    """How many attention heads each block has."""
+    """Return how many attention heads each block has."""
     return getattr(config, "kept_heads", None) or [config.num_attention_heads] * config.num_hidden_layers
 
 
 def kept_neurons(config: GPT2Config) -> list[int]:
-    """How many MLP neurons each block has."""
+    """Return how many MLP neurons each block has."""
     return (
         getattr(config, "kept_neurons", None) or [config.n_inner or 4 * config.hidden_size] * config.num_hidden_layers
     )
 
 
 class Packing:
-    """Where the real tokens of a right-padded batch are: lengths [reviews] of rows ``width`` wide."""
+    """The positions of the real tokens of a right-padded batch: lengths [reviews] of rows ``width`` wide."""
 
     def __init__(self, lengths: torch.Tensor, width: int):
         self.lengths, self.width = lengths, width
@@ -46,12 +46,12 @@ class Packing:
         self.index = self.real.flatten().nonzero()[:, 0]
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
-        """[reviews, width, ...] -> [tokens, ...]."""
+        """Return [tokens, ...] from [reviews, width, ...]."""
         flat = padded.flatten(0, 1)
         return flat if self.full else flat[self.index]
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """[tokens, features] -> [reviews, width, features], zeros behind each review."""
+        """Return [reviews, width, features] from [tokens, features], zeros after each review."""
         shape = (len(self.lengths), self.width, packed.shape[-1])
         if self.full:
             return packed.view(shape)
@@ -59,7 +59,7 @@ class Packing:
         return padded.index_copy_(0, self.index, packed).view(shape)
 
     def last(self, packed: torch.Tensor) -> torch.Tensor:
-        """The last token of each review: [reviews, features]."""
+        """Return the last token of each review: [reviews, features]."""
         return packed[self.lengths.cumsum(0) - 1]
 
 
@@ -78,7 +78,7 @@ class SparseGPT2Attention(Float32Inference):
         self.c_proj = SparseLinear(self.heads * size, width)
 
     def forward(self, x: torch.Tensor, packing: Packing, last: bool = False) -> torch.Tensor:
-        """x: [tokens, width] -> [tokens, width], or [reviews, width] of the last tokens."""
+        """Return [tokens, width] from x [tokens, width], or [reviews, width] for the last tokens only."""
         qkv = packing.unpack(self.c_attn(x))
         reviews, length, _ = qkv.shape
         q, k, v = qkv.view(reviews, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -87,13 +87,13 @@ class SparseGPT2Attention(Float32Inference):
             real = packing.real[:, None, None]
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=real, scale=self.scale)
             return self.c_proj(mixed.flatten(1))
-        # Padding stands to the right, where a causal mask hides it from every real token.
+        # Padding is on the right, where a causal mask hides it from every real token.
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return self.c_proj(packing.pack(mixed.transpose(1, 2).flatten(2)))
 
 
 class SparseGPT2MLP(Float32Inference):
-    """Two sparse layers with an activation between; one call of the kernel where it has both layers and GELU."""
+    """Two sparse layers with an activation between; one call of the kernel where it runs both layers and GELU."""
 
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
@@ -104,11 +104,11 @@ class SparseGPT2MLP(Float32Inference):
 
     @property
     def fused(self) -> bool:
-        """Whether the inner activation stays inside the kernel."""
+        """True where one call of the kernel computes both layers."""
         return self.activation in TANH_GELU and self.c_fc.backend == self.c_proj.backend == "numba"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [tokens, width] -> [tokens, width]."""
+        """Return [tokens, width] from x [tokens, width]."""
         self.refuse_training(x)
         if self.fused:
             return kernels.multiply(x, self.c_proj.csr(), self.c_fc.csr())
@@ -128,7 +128,7 @@ class SparseGPT2Block(Float32Inference):
         self.mlp = SparseGPT2MLP(config, layer)
 
     def forward(self, x: torch.Tensor, packing: Packing, last: bool = False) -> torch.Tensor:
-        """x: [tokens, width] -> [tokens, width], or [reviews, width] of the last tokens."""
+        """Return [tokens, width] from x [tokens, width], or [reviews, width] for the last tokens only."""
         mixed = self.attn(self.ln_1(x), packing, last)
         x = (packing.last(x) if last else x) + mixed
         return x + self.mlp(self.ln_2(x))
@@ -145,7 +145,7 @@ class SparseGPT2Model(Float32Inference):
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
     def forward(self, input_ids: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """input_ids: [reviews, length] -> hidden states [reviews, width] of the last real tokens."""
+        """Return hidden states [reviews, width] of the last real tokens, from input_ids [reviews, length]."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         x = self.wte(packing.pack(input_ids)) + self.wpe(packing.pack(positions))
         for block in self.h[:-1]:
@@ -169,11 +169,11 @@ class SparseGPT2ForSequenceClassification(Float32Inference):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> SequenceClassifierOutputWithPast:
-        """Logits [reviews, labels] from the last real token of each review.
+        """Return logits [reviews, labels] from the last real token of each review.
 
         input_ids: [reviews, length], padded on the right; attention_mask: the same shape, 1 at real tokens. Without
         a mask, reviews end with their last token that is not ``config.pad_token_id``, as in ``transformers``.
-        Raises ``ValueError`` when padding stands elsewhere or cannot be told from text.
+        Raises ``ValueError`` when padding is elsewhere or cannot be distinguished from text.
         """
         self.refuse_training()
         lengths = self.lengths(input_ids, attention_mask)
@@ -182,40 +182,39 @@ class SparseGPT2ForSequenceClassification(Float32Inference):
         return SequenceClassifierOutputWithPast(logits=self.score(self.transformer(input_ids[:, :width], packing)))
 
     def lengths(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """The number of tokens [reviews] of each review, at least 1."""
+        """Return the number of tokens [reviews] of each review, at least 1."""
         if attention_mask is not None:
             if (attention_mask.diff(dim=1) > 0).any():
-                raise ValueError("the attention mask has gaps or padding on the left: pad reviews on the right")
+                raise ValueError("reviews must be padded on the right (the attention mask is not)")
             return attention_mask.sum(1).clamp(min=1)
         pad = self.config.pad_token_id
         if pad is None:
             if len(input_ids) > 1:
-                raise ValueError("several reviews without an attention mask need config.pad_token_id")
+                raise ValueError("several reviews must come with an attention mask or a config.pad_token_id")
             return torch.full((1,), input_ids.shape[1], device=input_ids.device)
         places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
         return (places * (input_ids != pad)).amax(1).clamp(min=1)
 
 
 def convert_gpt2_to_sparse(model: nn.Module, backend: str = "auto") -> SparseGPT2ForSequenceClassification:
-    """The sparse model that gives the logits of a (masked) ``GPT2ForSequenceClassification``, within float rounding.
+    """Return the sparse model with the logits of a (masked) ``GPT2ForSequenceClassification``, within float rounding.
 
-    Weights that are zero are dropped, and so are heads and neurons that have none left (see ``compaction``); all
-    others are copied. backend: see ``SparseLinear.from_dense``.
-    Raises ``TypeError`` for another architecture.
+    Weights that are zero are dropped, as are heads and neurons that have none left (see ``compaction``); all others are
+    copied. backend: see ``SparseLinear.from_dense``. Raises ``TypeError`` for another architecture.
     """
     if not isinstance(model, GPT2ForSequenceClassification) or model.config.add_cross_attention:
         raise TypeError(
-            f"convert_gpt2_to_sparse takes a GPT2ForSequenceClassification without cross-attention, "
-            f"not {type(model).__name__}: use SparseLinear.from_dense on the layers of other models"
+            "`model` must be a GPT2ForSequenceClassification without cross-attention "
+            f"(got {type(model).__name__}): use convert_to_sparse for other decoders"
         )
     return assemble(model, *compact_blocks(model), backend)
 
 
 def compact(model: GPT2ForSequenceClassification) -> nn.Module:
-    """The model that gives the same logits without the heads and neurons that pruning left empty.
+    """Return a model with the same logits, without the heads and neurons that pruning left without weights.
 
-    Where every block keeps all heads and equally many neurons, a plain ``GPT2ForSequenceClassification`` whose config
-    says ``n_inner``; otherwise a ``SparseGPT2ForSequenceClassification`` of dense layers, whose blocks may differ.
+    Where every block keeps all heads and equally many neurons, a plain ``GPT2ForSequenceClassification`` with another
+    ``n_inner``; otherwise a ``SparseGPT2ForSequenceClassification`` of dense layers, whose blocks may differ.
     """
     layers, heads, neurons = compact_blocks(model)
     if set(heads) != {model.config.num_attention_heads} or len(set(neurons)) > 1:
@@ -230,7 +229,7 @@ def compact(model: GPT2ForSequenceClassification) -> nn.Module:
 def assemble(
     model: GPT2ForSequenceClassification, layers: dict[str, Conv1D], heads: list[int], neurons: list[int], backend: str
 ) -> SparseGPT2ForSequenceClassification:
-    """A sparse model out of what ``compact_blocks`` left of a model's blocks, and the model's other parameters."""
+    """Return a sparse model from the results of ``compact_blocks`` and the model's other parameters."""
     config = copy.deepcopy(model.config)
     config.kept_heads, config.kept_neurons = heads, neurons
     sparse = skeleton(config)
@@ -242,12 +241,12 @@ def assemble(
 
 
 def skeleton(config: GPT2Config) -> SparseGPT2ForSequenceClassification:
-    """A model without storage, to be filled."""
+    """Return a model without storage, to be filled."""
     with torch.device("meta"):
         return shape_embeddings(SparseGPT2ForSequenceClassification(config))
 
 
 def fill(model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
-    """Give a skeleton whose sparse layers are in place the rest of its parameters, which need no gradients."""
+    """Set the other parameters of a skeleton whose sparse layers are in place."""
     model.load_state_dict(parameters, strict=False, assign=True)
     model.requires_grad_(False).eval()

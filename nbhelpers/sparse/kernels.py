@@ -2,17 +2,17 @@
 
     y[tokens, out] = x[tokens, in] @ W.T + bias        W[out, in] in CSR: values, columns, starts
 
-Why it is faster than a dense product as soon as a good half of the weights is gone:
+Why it is faster than a dense product as soon as somewhat more than half of the weights are zero:
 
 1. A tile of 16 to 64 tokens is *packed* as [in, tile]. One weight then multiplies a whole contiguous row of the tile.
 2. The sums of a row of W stay in vector registers until the row is finished (``sparse_row``). Per weight the processor
-   reads one column number, one value, and the tile's row out of the cache, and does nothing else.
-3. Packing and unpacking are transpositions of 16x16 blocks inside registers (``transpose_block``), so that callers give
-   and get ordinary [tokens, features] tensors.
-4. The two layers of a transformer's MLP run in one go: the inner activation never leaves the packed layout.
-5. The threads are those of torch: a second pool would fight with torch's, which spins for a while after each product.
+   reads one column number, one value, and the tile's row from the cache.
+3. Packing and unpacking are transpositions of 16x16 blocks inside registers (``transpose_block``), so that callers
+   pass and get ordinary [tokens, features] tensors.
+4. The two layers of a transformer's MLP run in one call: the inner activation stays in the packed layout.
+5. The threads are those of torch: a second pool would compete with torch's, which spins for a while after a product.
 
-Numba has no vector type, so (2) and (3) say in LLVM's terms what a C programmer would write with vector extensions.
+Numba has no vector type, so (2) and (3) are written in LLVM's terms, as a C programmer would use vector extensions.
 """
 
 import ctypes
@@ -22,269 +22,279 @@ import sys
 import warnings
 from pathlib import Path
 
+import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
+from llvmlite import ir
+from numba import carray, cfunc, njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-try:
-    import numba
-    from llvmlite import ir
-    from numba import carray, cfunc, njit, prange, types
-    from numba.core import cgutils
-    from numba.extending import intrinsic
-except ImportError as error:
-    numba, MISSING = None, str(error)  # layers.py says so when it is asked for this engine
-
-LANES = 16  # floats in a vector: one AVX-512 register, or two of AVX2, or four of NEON; LLVM splits it as it has to
-CHAINS = 4  # sums under way at a time: an addition takes a processor about four cycles to finish
-VECTORS = (1, 2, 4)  # vectors a row of a tile: tiles of 16, 32 and 64 tokens
-L2_ASSUMED = 512 * 1024  # bytes, where the system does not tell
+LANES = 16  # floats in a vector: one AVX-512 register, two of AVX2 or four of NEON; LLVM splits it
+CHAINS = 4  # independent sums at a time, since an addition takes about four cycles
+VECTORS = (1, 2, 4)  # vectors per row of a tile: tiles of 16, 32 and 64 tokens
+L2_ASSUMED = 512 * 1024  # bytes, where the system does not report it
 
 
 # --- the product ---
 
-if numba is not None:
-    FLOAT, INT = ir.FloatType(), ir.IntType(64)
-    VECTOR = ir.VectorType(FLOAT, LANES)
-    # The order of a row's sums is ours; a product and its sum may be one instruction.
-    njit_fast = functools.partial(njit, nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})
+FLOAT, INT = ir.FloatType(), ir.IntType(64)
+VECTOR = ir.VectorType(FLOAT, LANES)
+# The order of a row's sums is ours; a product and its sum may be one instruction.
+njit_fast = functools.partial(njit, nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})
 
-    def data_of(context, builder, kind, array):
-        """The pointer to an array's first element."""
-        return context.make_array(kind)(context, builder, array).data
 
-    def vector_at(builder, pointer, offset):
-        """The pointer to the vector that starts ``offset`` floats after ``pointer``."""
-        return builder.bitcast(builder.gep(pointer, [offset]), VECTOR.as_pointer())
+def data_of(context, builder, kind, array):
+    """Return the pointer to an array's first element."""
+    return context.make_array(kind)(context, builder, array).data
 
-    def splat(builder, number):
-        """A vector with the same number in every lane."""
-        one = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
-        return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
 
-    @intrinsic
-    def sparse_row(typing, width, values, columns, begin, end, bias, packed, result):
-        """result[:] = bias + sum of values[k] * packed[columns[k], :] for begin <= k < end, summed in registers.
+def vector_at(builder, pointer, offset):
+    """Return the pointer to the vector that starts ``offset`` floats after ``pointer``."""
+    return builder.bitcast(builder.gep(pointer, [offset]), VECTOR.as_pointer())
 
-        width is a tuple whose length says how many vectors a row of ``packed`` has: the compiler has to know it.
-        """
-        signature = types.void(width, values, columns, begin, end, bias, packed, result)
 
-        def generate(context, builder, signature, arguments):
-            vectors, kinds = signature.args[0].count, signature.args
-            value, column, source, target = (data_of(context, builder, kinds[i], arguments[i]) for i in (1, 2, 6, 7))
-            first, last, start = arguments[3], arguments[4], splat(builder, arguments[5])
-            fma = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fma.v{LANES}f32"
-            )
+def splat(builder, number):
+    """Return a vector with the same number in every lane."""
+    first = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
 
-            def loop(k, sums, step):
-                """Take ``step`` weights a pass while as many are left, each into its own share of the sums."""
-                entry = builder.block
-                test, body, done = (builder.append_basic_block(name) for name in ("test", "body", "done"))
-                builder.branch(test)
-                builder.position_at_end(test)
-                here, totals = builder.phi(INT), [builder.phi(VECTOR) for _ in sums]
-                for phi, initial in zip([here, *totals], [k, *sums], strict=True):
-                    phi.add_incoming(initial, entry)
-                after = builder.add(here, ir.Constant(INT, step))
-                builder.cbranch(builder.icmp_signed("<=", after, last), body, done)
 
-                builder.position_at_end(body)
-                for i in range(step):
-                    at = builder.add(here, ir.Constant(INT, i))
-                    weight = splat(builder, builder.load(builder.gep(value, [at])))
-                    row = builder.sext(builder.load(builder.gep(column, [at])), INT)
-                    row = builder.mul(row, ir.Constant(INT, vectors * LANES))
-                    for j in range(vectors):
-                        x = vector_at(builder, source, builder.add(row, ir.Constant(INT, j * LANES)))
-                        total = totals[i * vectors + j]
-                        total.add_incoming(builder.call(fma, [weight, builder.load(x, align=4), total]), body)
-                here.add_incoming(after, body)
-                builder.branch(test)
-                builder.position_at_end(done)
-                return here, totals
+@intrinsic
+def sparse_row(typing, width, values, columns, begin, end, bias, packed, result):
+    """Set result[:] = bias + sum of values[k] * packed[columns[k], :] for begin <= k < end, summed in registers.
 
-            # Few sums would wait for their own additions: with a narrow tile several weights are under way at a time.
-            chains = CHAINS // vectors
-            zero = ir.Constant(VECTOR, [0.0] * LANES)
-            k, sums = loop(first, [start] * vectors + [zero] * (vectors * (chains - 1)), chains)
-            for chain in range(1, chains):
-                for j in range(vectors):
-                    sums[j] = builder.fadd(sums[j], sums[chain * vectors + j])
-            _, sums = loop(k, sums[:vectors], 1) if chains > 1 else (k, sums)
-            for j, total in enumerate(sums):
-                builder.store(total, vector_at(builder, target, ir.Constant(INT, j * LANES)), align=4)
-            return context.get_dummy_value()
+    width is a tuple whose length is the number of vectors per row of ``packed``, which the compiler has to know.
+    """
+    signature = types.void(width, values, columns, begin, end, bias, packed, result)
 
-        return signature, generate
-
-    @intrinsic
-    def transpose_block(typing, source, source_at, source_row, target, target_at, target_row):
-        """Write the 16x16 block that starts at source_at, its rows source_row floats apart, transposed to target_at."""
-        signature = types.void(source, source_at, source_row, target, target_at, target_row)
-
-        def generate(context, builder, signature, arguments):
-            kinds = signature.args
-            from_, to = (data_of(context, builder, kinds[i], arguments[i]) for i in (0, 3))
-
-            def at(pointer, start, row, i):
-                return vector_at(builder, pointer, builder.add(start, builder.mul(row, ir.Constant(INT, i))))
-
-            rows = [builder.load(at(from_, *arguments[1:3], i), align=4) for i in range(LANES)]
-            # Swap the off-diagonal quarters of the block, then of each quarter, down to single numbers.
-            for step in (8, 4, 2, 1):
-                upper = [j if not j & step else LANES + j - step for j in range(LANES)]
-                lower = [j + step if not j & step else LANES + j for j in range(LANES)]
-                masks = [ir.Constant(ir.VectorType(ir.IntType(32), LANES), m) for m in (upper, lower)]
-                for i in range(LANES):
-                    if not i & step:
-                        a, b = rows[i], rows[i + step]
-                        rows[i], rows[i + step] = (builder.shuffle_vector(a, b, mask) for mask in masks)
-            for i, row in enumerate(rows):
-                builder.store(row, at(to, *arguments[4:6], i), align=4)
-            return context.get_dummy_value()
-
-        return signature, generate
-
-    @intrinsic
-    def next_ticket(typing, counters, i):
-        """counters[i]++ so that no two threads get the same number."""
-        signature = types.int64(counters, i)
-
-        def generate(context, builder, signature, arguments):
-            pointer = builder.gep(data_of(context, builder, signature.args[0], arguments[0]), [arguments[1]])
-            return builder.atomic_rmw("add", pointer, ir.Constant(INT, 1), "monotonic")
-
-        return signature, generate
-
-    @njit_fast
-    def transpose(source, source_at, source_row, target, target_at, target_row, rows, columns):
-        """Transpose a matrix between flat arrays: 16x16 blocks in registers, what is left number by number."""
-        for i in range(0, rows, LANES):
-            for j in range(0, columns, LANES):
-                at, to = source_at + i * source_row + j, target_at + j * target_row + i
-                if i + LANES <= rows and j + LANES <= columns:
-                    transpose_block(source, at, source_row, target, to, target_row)
-                else:
-                    for row in range(min(LANES, rows - i)):
-                        for column in range(min(LANES, columns - j)):
-                            target[to + column * target_row + row] = source[at + row * source_row + column]
-
-    @njit_fast
-    def gelu(x):
-        """GELU (tanh form) in place: x * (1 + tanh(u)) / 2, tanh by the ratio of polynomials that Eigen uses."""
-        limit = np.float32(7.90531)  # tanh is 1 in float32 from here on
-        for i in range(x.size):
-            v = x[i]
-            u = np.float32(0.7978845608) * (v + np.float32(0.044715) * v * v * v)
-            u = min(max(u, -limit), limit)
-            s = u * u
-            p = np.float32(-2.76076847742355e-16) * s + np.float32(2.00018790482477e-13)
-            p = p * s + np.float32(-8.60467152213735e-11)
-            p = p * s + np.float32(5.12229709037114e-08)
-            p = p * s + np.float32(1.48572235717979e-05)
-            p = p * s + np.float32(6.37261928875436e-04)
-            p = p * s + np.float32(4.89352455891786e-03)
-            q = np.float32(1.19825839466702e-06) * s + np.float32(1.18534705686654e-04)
-            q = q * s + np.float32(2.26843463243900e-03)
-            q = q * s + np.float32(4.89352518554385e-03)
-            tanh = u * p / q if u > -limit else np.float32(-1)
-            x[i] = np.float32(0.5) * v * (np.float32(1) + tanh)
-
-    @njit_fast
-    def multiply_rows(width, matrix, first, last, packed, result):
-        """Rows first to last of W @ packed + bias, packed: [in, tile] in, [last - first, tile] out, both flat."""
-        values, columns, starts, bias = matrix
-        for i in range(last - first):
-            begin, end = np.int64(starts[first + i]), np.int64(starts[first + i + 1])
-            sparse_row(width, values, columns, begin, end, bias[first + i], packed, result[i * len(width) * LANES :])
-
-    @njit_fast
-    def multiply_tiles(width, sizes, counters, scratch, x, y, matrix, inner):
-        """Take tiles of tokens until none is left: pack, multiply (first by the inner layer, with GELU), unpack."""
-        tokens, n_in, hidden, n_out = sizes
-        tile = len(width) * LANES
-        memory = scratch[next_ticket(counters, 1) * (n_in + hidden + LANES) * tile :]
-        packed, middle, block = memory, memory[n_in * tile :], memory[(n_in + hidden) * tile :]
-        while True:
-            token = next_ticket(counters, 0) * tile
-            if token >= tokens:
-                return
-            taken = min(tile, tokens - token)
-            transpose(x, token * n_in, n_in, packed, 0, tile, taken, n_in)
-            if hidden > 0:
-                multiply_rows(width, inner, 0, hidden, packed, middle)
-                gelu(middle[: hidden * tile])
-            source = middle if hidden > 0 else packed
-            for row in range(0, n_out, LANES):
-                rows = min(LANES, n_out - row)
-                multiply_rows(width, matrix, row, row + rows, source, block)
-                transpose(block, 0, tile, y, token * n_out + row, n_out, rows, taken)
-
-    @njit(parallel=True, cache=True, fastmath=True)
-    def sum_often(x, times, threads):
-        """Read the same few numbers ``times`` times on each thread; the sums are handed back, so that they are made."""
-        sums = np.zeros(threads, np.float32)
-        for thread in prange(threads):
-            for _ in range(times):
-                total = np.float32(0)
-                for i in range(x.size):
-                    total += x[i]
-                sums[thread] += total
-        return sums
-
-    # --- the threads ---
-
-    @njit_fast
-    def matrix_at(job, i, rows):
-        """The arrays (values, columns, starts, bias) of a matrix from four addresses of a job."""
-        starts = carray(job[i + 2], rows + 1, np.int32)
-        size = starts[rows]
-        return (
-            carray(job[i], size, np.float32),
-            carray(job[i + 1], size, np.int32),
-            starts,
-            carray(job[i + 3], rows, np.float32),
+    def generate(context, builder, signature, arguments):
+        vectors, kinds = signature.args[0].count, signature.args
+        value, column, source, target = (data_of(context, builder, kinds[i], arguments[i]) for i in (1, 2, 6, 7))
+        first, last, start = arguments[3], arguments[4], splat(builder, arguments[5])
+        fma = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fma.v{LANES}f32"
         )
 
-    def make_worker(vectors):
-        """What each of torch's threads runs, for a tile of so many vectors; its job is a list of addresses."""
-        width = (0,) * vectors
+        def loop(k, sums, step):
+            """Take ``step`` weights per pass while as many are left, each into its own share of the sums."""
+            entry = builder.block
+            test, body, done = (builder.append_basic_block(name) for name in ("test", "body", "done"))
+            builder.branch(test)
+            builder.position_at_end(test)
+            position, totals = builder.phi(INT), [builder.phi(VECTOR) for _ in sums]
+            for phi, initial in zip([position, *totals], [k, *sums], strict=True):
+                phi.add_incoming(initial, entry)
+            after = builder.add(position, ir.Constant(INT, step))
+            builder.cbranch(builder.icmp_signed("<=", after, last), body, done)
 
-        @cfunc(types.void(types.CPointer(types.voidptr)), cache=True)
-        def worker(job):
-            sizes = carray(job[0], 5, np.int64)
-            tokens, n_in, hidden, n_out, scratch = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
-            multiply_tiles(
-                width,
-                (tokens, n_in, hidden, n_out),
-                carray(job[1], 2, np.int64),
-                carray(job[2], scratch, np.float32),
-                carray(job[3], tokens * n_in, np.float32),
-                carray(job[4], tokens * n_out, np.float32),
-                matrix_at(job, 5, n_out),
-                matrix_at(job, 9, hidden),
-            )
+            builder.position_at_end(body)
+            for i in range(step):
+                index = builder.add(position, ir.Constant(INT, i))
+                weight = splat(builder, builder.load(builder.gep(value, [index])))
+                row = builder.sext(builder.load(builder.gep(column, [index])), INT)
+                row = builder.mul(row, ir.Constant(INT, vectors * LANES))
+                for j in range(vectors):
+                    x = vector_at(builder, source, builder.add(row, ir.Constant(INT, j * LANES)))
+                    total = totals[i * vectors + j]
+                    total.add_incoming(builder.call(fma, [weight, builder.load(x, align=4), total]), body)
+            position.add_incoming(after, body)
+            builder.branch(test)
+            builder.position_at_end(done)
+            return position, totals
 
-        return worker
+        # With a narrow tile, several weights are processed at a time; one sum would wait for its own additions.
+        chains = CHAINS // vectors
+        zero = ir.Constant(VECTOR, [0.0] * LANES)
+        k, sums = loop(first, [start] * vectors + [zero] * (vectors * (chains - 1)), chains)
+        for chain in range(1, chains):
+            for j in range(vectors):
+                sums[j] = builder.fadd(sums[j], sums[chain * vectors + j])
+        _, sums = loop(k, sums[:vectors], 1) if chains > 1 else (k, sums)
+        for j, total in enumerate(sums):
+            builder.store(total, vector_at(builder, target, ir.Constant(INT, j * LANES)), align=4)
+        return context.get_dummy_value()
 
-    @njit(parallel=True, cache=True)
-    def multiply_with_numba_threads(workers, width, sizes, counters, scratch, x, y, matrix, inner):
-        """The same where torch's threads cannot be reached."""
-        for _ in prange(workers):
-            multiply_tiles(width, sizes, counters, scratch, x, y, matrix, inner)
+    return signature, generate
+
+
+@intrinsic
+def transpose_block(typing, source, source_at, source_row, target, target_at, target_row):
+    """Write the 16x16 block that starts at source_at, its rows source_row floats apart, transposed to target_at."""
+    signature = types.void(source, source_at, source_row, target, target_at, target_row)
+
+    def generate(context, builder, signature, arguments):
+        kinds = signature.args
+        from_data, to_data = (data_of(context, builder, kinds[i], arguments[i]) for i in (0, 3))
+
+        def row_at(pointer, start, row, i):
+            return vector_at(builder, pointer, builder.add(start, builder.mul(row, ir.Constant(INT, i))))
+
+        rows = [builder.load(row_at(from_data, *arguments[1:3], i), align=4) for i in range(LANES)]
+        # Swap the off-diagonal quarters of the block, then of each quarter, down to single numbers.
+        for step in (8, 4, 2, 1):
+            upper = [j if not j & step else LANES + j - step for j in range(LANES)]
+            lower = [j + step if not j & step else LANES + j for j in range(LANES)]
+            masks = [ir.Constant(ir.VectorType(ir.IntType(32), LANES), m) for m in (upper, lower)]
+            for i in range(LANES):
+                if not i & step:
+                    a, b = rows[i], rows[i + step]
+                    rows[i], rows[i + step] = (builder.shuffle_vector(a, b, mask) for mask in masks)
+        for i, row in enumerate(rows):
+            builder.store(row, row_at(to_data, *arguments[4:6], i), align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def next_ticket(typing, counters, i):
+    """Return counters[i]++, so that no two threads get the same number."""
+    signature = types.int64(counters, i)
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.gep(data_of(context, builder, signature.args[0], arguments[0]), [arguments[1]])
+        return builder.atomic_rmw("add", pointer, ir.Constant(INT, 1), "monotonic")
+
+    return signature, generate
+
+
+@njit_fast
+def transpose(source, source_at, source_row, target, target_at, target_row, rows, columns):
+    """Transpose a matrix between flat arrays: 16x16 blocks in registers, the remaining numbers one by one."""
+    for i in range(0, rows, LANES):
+        for j in range(0, columns, LANES):
+            read, write = source_at + i * source_row + j, target_at + j * target_row + i
+            if i + LANES <= rows and j + LANES <= columns:
+                transpose_block(source, read, source_row, target, write, target_row)
+            else:
+                for row in range(min(LANES, rows - i)):
+                    for column in range(min(LANES, columns - j)):
+                        target[write + column * target_row + row] = source[read + row * source_row + column]
+
+
+@njit_fast
+def gelu(x):
+    """Apply GELU (tanh form) in place: x * (1 + tanh(u)) / 2, tanh as Eigen's ratio of polynomials."""
+    limit = np.float32(7.90531)  # tanh is 1 in float32 from here on
+    for i in range(x.size):
+        v = x[i]
+        u = np.float32(0.7978845608) * (v + np.float32(0.044715) * v * v * v)
+        u = min(max(u, -limit), limit)
+        s = u * u
+        p = np.float32(-2.76076847742355e-16) * s + np.float32(2.00018790482477e-13)
+        p = p * s + np.float32(-8.60467152213735e-11)
+        p = p * s + np.float32(5.12229709037114e-08)
+        p = p * s + np.float32(1.48572235717979e-05)
+        p = p * s + np.float32(6.37261928875436e-04)
+        p = p * s + np.float32(4.89352455891786e-03)
+        q = np.float32(1.19825839466702e-06) * s + np.float32(1.18534705686654e-04)
+        q = q * s + np.float32(2.26843463243900e-03)
+        q = q * s + np.float32(4.89352518554385e-03)
+        tanh = u * p / q if u > -limit else np.float32(-1)
+        x[i] = np.float32(0.5) * v * (np.float32(1) + tanh)
+
+
+@njit_fast
+def multiply_rows(width, matrix, first, last, packed, result):
+    """Compute rows first to last of W @ packed + bias; packed: [in, tile], result: [last - first, tile], both flat."""
+    values, columns, starts, bias = matrix
+    for i in range(last - first):
+        begin, end = np.int64(starts[first + i]), np.int64(starts[first + i + 1])
+        sparse_row(width, values, columns, begin, end, bias[first + i], packed, result[i * len(width) * LANES :])
+
+
+@njit_fast
+def multiply_tiles(width, sizes, counters, scratch, x, y, matrix, inner):
+    """Take tiles of tokens until none is left: pack, multiply (first by the inner layer, with GELU), unpack."""
+    tokens, n_in, hidden, n_out = sizes
+    tile = len(width) * LANES
+    memory = scratch[next_ticket(counters, 1) * (n_in + hidden + LANES) * tile :]
+    packed, middle, block = memory, memory[n_in * tile :], memory[(n_in + hidden) * tile :]
+    while True:
+        token = next_ticket(counters, 0) * tile
+        if token >= tokens:
+            return
+        taken = min(tile, tokens - token)
+        transpose(x, token * n_in, n_in, packed, 0, tile, taken, n_in)
+        if hidden > 0:
+            multiply_rows(width, inner, 0, hidden, packed, middle)
+            gelu(middle[: hidden * tile])
+        source = middle if hidden > 0 else packed
+        for row in range(0, n_out, LANES):
+            rows = min(LANES, n_out - row)
+            multiply_rows(width, matrix, row, row + rows, source, block)
+            transpose(block, 0, tile, y, token * n_out + row, n_out, rows, taken)
+
+
+@njit(parallel=True, cache=True, fastmath=True)
+def sum_often(x, times, threads):
+    """Read x ``times`` times on each thread; the sums are returned, so that the compiler cannot drop the reads."""
+    sums = np.zeros(threads, np.float32)
+    for thread in prange(threads):
+        for _ in range(times):
+            total = np.float32(0)
+            for i in range(x.size):
+                total += x[i]
+            sums[thread] += total
+    return sums
+
+
+# --- the threads ---
+
+
+@njit_fast
+def matrix_at(job, i, rows):
+    """Return the arrays (values, columns, starts, bias) of a matrix from four addresses of a job."""
+    starts = carray(job[i + 2], rows + 1, np.int32)
+    size = starts[rows]
+    return (
+        carray(job[i], size, np.float32),
+        carray(job[i + 1], size, np.int32),
+        starts,
+        carray(job[i + 3], rows, np.float32),
+    )
+
+
+def make_worker(vectors):
+    """Return the function that each thread runs, for tiles of ``vectors``; its job is a list of addresses."""
+    width = (0,) * vectors
+
+    @cfunc(types.void(types.CPointer(types.voidptr)), cache=True)
+    def worker(job):
+        sizes = carray(job[0], 5, np.int64)
+        tokens, n_in, hidden, n_out, scratch = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
+        multiply_tiles(
+            width,
+            (tokens, n_in, hidden, n_out),
+            carray(job[1], 2, np.int64),
+            carray(job[2], scratch, np.float32),
+            carray(job[3], tokens * n_in, np.float32),
+            carray(job[4], tokens * n_out, np.float32),
+            matrix_at(job, 5, n_out),
+            matrix_at(job, 9, hidden),
+        )
+
+    return worker
+
+
+@njit(parallel=True, cache=True)
+def multiply_with_numba_threads(workers, width, sizes, counters, scratch, x, y, matrix, inner):
+    """Run ``multiply_tiles`` on numba's threads, where torch's cannot be reached."""
+    for _ in prange(workers):
+        multiply_tiles(width, sizes, counters, scratch, x, y, matrix, inner)
 
 
 @functools.cache
 def worker(vectors: int):
-    """The compiled worker for a tile of so many vectors (compiled on first use, then kept on disk)."""
+    """Return the compiled worker for tiles of ``vectors`` (compiled on first use, then cached on disk)."""
     return make_worker(vectors)
 
 
 @functools.cache
 def torch_threads():
-    """What runs a worker on torch's own OpenMP threads; None where torch has other threads (macOS, Windows)."""
+    """Return the function that runs a worker on torch's OpenMP threads; None where it has others (macOS, Windows)."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     if not sys.platform.startswith("linux") or not library.exists():
         return None
@@ -296,7 +306,7 @@ def torch_threads():
 
 @functools.cache
 def l2_bytes() -> int:
-    """The size of a core's second-level cache in bytes; 512 KiB where the system does not tell (not Linux)."""
+    """Return the size of a core's second-level cache in bytes; 512 KiB where the system does not report it."""
     for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         try:
             if (cache / "level").read_text().strip() == "2":
@@ -307,9 +317,9 @@ def l2_bytes() -> int:
 
 
 def choose_vectors(tokens: int, features: int, threads: int) -> int:
-    """How many vectors wide a tile is: it has to stay in the second-level cache, and the threads to end together.
+    """Return the width of a tile in vectors: it has to fit the second-level cache, and threads should end together.
 
-    The wider the tiles, the fewer times the matrix is read: once a tile, at the price of about 16 tokens.
+    The matrix is read once per tile, which costs as much as about 16 tokens: the wider the tiles, the fewer reads.
     """
     fitting = [v for v in VECTORS if 4 * features * v * LANES <= 0.7 * l2_bytes()] or VECTORS[:1]
     return min(reversed(fitting), key=lambda v: math.ceil(tokens / (v * LANES * threads)) * (v * LANES + 16))
@@ -317,16 +327,23 @@ def choose_vectors(tokens: int, features: int, threads: int) -> int:
 
 @functools.cache
 def nothing() -> tuple[torch.Tensor, ...]:
-    """A matrix without rows, for the inner layer where there is none."""
+    """Return a matrix without rows, for the inner layer where there is none."""
     return torch.empty(0), torch.empty(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), torch.empty(0)
 
 
 def multiply(x: torch.Tensor, matrix: tuple[torch.Tensor, ...], inner: tuple[torch.Tensor, ...] | None = None):
-    """``x @ W.T + bias``, or with an inner layer ``gelu(x @ V.T + c) @ W.T + bias``; GELU in its tanh form.
+    """Return ``x @ W.T + bias``, or with an inner layer ``gelu(x @ V.T + c) @ W.T + bias``; GELU in its tanh form.
 
-    x: [tokens, in] float32 on the CPU; matrix and inner: (values float32 [nnz], columns int32 [nnz], starts int32
-    [out + 1], bias float32 [out]) in CSR, column numbers below in. Returns [tokens, out].
+    x: [tokens, in] float32; matrix and inner: (values float32 [nnz], columns int32 [nnz], starts int32 [out + 1], bias
+    float32 [out]) in CSR, column numbers below in. Returns [tokens, out]. Raises ``RuntimeError`` for tensors that are
+    not on the CPU: the kernel reads their addresses.
     """
+    devices = {tensor.device.type for tensor in (x, *matrix, *(inner or ()))}
+    if devices != {"cpu"}:
+        raise RuntimeError(
+            f'the backend "numba" must have all tensors on the CPU (got {", ".join(sorted(devices))}): '
+            "convert the model on the device on which it will run"
+        )
     x, threads = x.contiguous(), torch.get_num_threads()
     hidden, n_out = (len(inner[3]) if inner else 0), len(matrix[3])
     tokens, n_in = x.shape
@@ -343,7 +360,7 @@ def multiply(x: torch.Tensor, matrix: tuple[torch.Tensor, ...], inner: tuple[tor
         layers = [tuple(t.numpy() for t in layer) for layer in (matrix, inner)]
         numba.set_num_threads(min(workers, numba.config.NUMBA_NUM_THREADS))
         multiply_with_numba_threads(workers, (0,) * vectors, (tokens, n_in, hidden, n_out), counters, *arrays, *layers)
-        torch.set_num_threads(threads)  # numba and torch may share OpenMP, and then this number too
+        torch.set_num_threads(threads)  # numba and torch may share OpenMP, and so this number
         return y
     tensors = (scratch, x, y, *matrix, *inner)
     job = np.array([sizes.ctypes.data, counters.ctypes.data, *(t.data_ptr() for t in tensors)])
@@ -356,14 +373,14 @@ def multiply(x: torch.Tensor, matrix: tuple[torch.Tensor, ...], inner: tuple[tor
 
 @functools.cache
 def silence_torch_csr() -> None:
-    """Let torch say once, unheard, that its sparse matrices are in beta."""
+    """Suppress torch's one warning that its sparse matrices are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.eye(1).to_sparse_csr()
 
 
 def torch_csr(x: torch.Tensor, matrix: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The same product by torch's own sparse matrices (cuSPARSE on a GPU)."""
+    """Return the same product by torch's own sparse matrices (cuSPARSE on a GPU)."""
     values, columns, starts, bias = matrix
     silence_torch_csr()
     weight = torch.sparse_csr_tensor(starts, columns, values, (len(bias), x.shape[-1]), check_invariants=False)
@@ -371,5 +388,5 @@ def torch_csr(x: torch.Tensor, matrix: tuple[torch.Tensor, ...]) -> torch.Tensor
 
 
 def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """The same product with the zeros in it."""
+    """Return the same product with the zeros in it."""
     return F.linear(x, weight, bias)

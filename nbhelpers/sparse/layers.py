@@ -1,23 +1,23 @@
-"""A linear layer whose pruned weights are gone: not stored, not read, not multiplied."""
+"""A linear layer without its pruned weights: they are not stored, read or multiplied."""
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from nbhelpers.sparse import kernels
-from nbhelpers.sparse.engines import ENGINES, announce_missing_numba, choose_backend
+from nbhelpers.sparse.engines import ENGINES, choose_backend
 from nbhelpers.sparse.formats import quantize_rows, row_numbers, to_csr, to_weight
 
 BACKENDS = ("auto", "numba", "torch_csr", "dense")
-TYPICAL_TOKENS = 1024  # about eight reviews: what "auto" measures with
+TYPICAL_TOKENS = 1024  # about eight reviews, for the measurements of "auto"
 
 
 class Float32Inference(nn.Module):
-    """What the sparse modules have in common: they compute in float32, and nothing can be trained through them."""
+    """The base of the sparse modules: they compute in float32 and cannot be trained."""
 
     def _apply(self, function, recurse=True):
         if function(torch.empty(0)).dtype != torch.float32:
-            raise TypeError(f"{type(self).__name__} computes in float32 only; convert a model after its own .to(dtype)")
+            raise TypeError(f"{type(self).__name__} must stay in float32: convert a model after its own .to(dtype)")
         return super()._apply(function, recurse)
 
     def refuse_training(self, x: torch.Tensor | None = None) -> None:
@@ -33,9 +33,9 @@ class SparseLinear(Float32Inference):
     """``y = x @ W.T + bias`` with W[out, in] sparse, made by ``SparseLinear.from_dense``.
 
     The buffers are ``values`` float32 [nnz], ``columns`` int32 [nnz], ``starts`` int32 [out + 1] (CSR) and ``bias``
-    [out]; with the backend "dense" they are ``weight`` [out, in] and ``bias``. ``backend`` says which engine runs, and
-    ``scale`` [out] is there where the values are whole multiples of their row's (``quantize``). A layer made by the
-    constructor has no weights left.
+    [out]; with the backend "dense" they are ``weight`` [out, in] and ``bias``. ``backend`` is the engine that runs.
+    After ``quantize``, values are whole multiples of their row's ``scale`` [out]. The constructor makes a layer without
+    any weights left.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -49,14 +49,14 @@ class SparseLinear(Float32Inference):
 
     @classmethod
     def from_dense(cls, module: nn.Module, backend: str = "auto", tokens: int = TYPICAL_TOKENS) -> "SparseLinear":
-        """The sparse layer that computes what a ``Conv1D`` (weight [in, out]) or ``nn.Linear`` ([out, in]) does.
+        """Return the sparse layer that computes the same as a ``Conv1D`` (weight [in, out]) or ``nn.Linear``.
 
         Weights equal to zero (0.0 or -0.0) are dropped. backend: "numba", "torch_csr", "dense", or "auto" for the one
-        that is fastest on this machine for this shape and density with so many tokens (see ``choose_backend``).
+        that is fastest on this machine for this shape and density with ``tokens`` (see ``choose_backend``).
         Raises ``TypeError`` for another module and ``ValueError`` for an unknown backend.
         """
         if not isinstance(module, Conv1D | nn.Linear):
-            raise TypeError(f"{type(module).__name__} is not a linear layer: SparseLinear takes Conv1D or nn.Linear")
+            raise TypeError(f"`module` must be a Conv1D or nn.Linear (got {type(module).__name__})")
         weight = module.weight.detach().to(torch.float32, copy=True)
         weight = (weight.t() if isinstance(module, Conv1D) else weight).contiguous()
         bias = module.bias.detach().to(torch.float32, copy=True) if module.bias is not None else None
@@ -64,17 +64,14 @@ class SparseLinear(Float32Inference):
 
     @classmethod
     def from_csr(cls, values, columns, starts, bias, in_features: int, backend="auto", tokens=TYPICAL_TOKENS):
-        """The same from a matrix in CSR; bias may be None."""
+        """Return the same from a matrix in CSR; bias may be None."""
         bias = values.new_zeros(len(starts) - 1) if bias is None else bias
         matrix, shape = (values, columns, starts, bias), (len(bias), in_features)
         if backend not in BACKENDS:
-            raise ValueError(f"backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+            raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)} (got {backend!r})")
         if backend == "auto":
             density = len(values) / max(1, shape[0] * shape[1])
             backend = choose_backend(*shape, round(density, 1 if density > 0.1 else 2), tokens, str(values.device))
-        elif backend == "numba" and kernels.numba is None:
-            announce_missing_numba()
-            backend = "torch_csr"
         layer = cls(in_features, shape[0])
         layer.backend, layer.bias = backend, bias
         if backend == "dense":
@@ -85,13 +82,13 @@ class SparseLinear(Float32Inference):
         return layer.eval()
 
     def csr(self) -> tuple[torch.Tensor, ...]:
-        """(values, columns, starts, bias), whatever the backend."""
+        """Return (values, columns, starts, bias), for any backend."""
         if self.backend == "dense":
             return *to_csr(self.weight), self.bias
         return self.values, self.columns, self.starts, self.bias
 
     def quantize(self) -> None:
-        """Round the weights that are left to eight bits and a scale for each row; they are computed with as before."""
+        """Round the weights that are left to eight bits and a scale per row; they are still multiplied in float32."""
         values, columns, starts, bias = self.csr()
         rows = row_numbers(starts)
         numbers, self.scale = quantize_rows(values, rows, self.out_features)
@@ -103,14 +100,14 @@ class SparseLinear(Float32Inference):
 
     @property
     def nonzeros(self) -> int:
-        """How many weights are left."""
+        """The number of weights that are left."""
         return len(self.values) if self.backend != "dense" else int(torch.count_nonzero(self.weight))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in] -> [..., out]. Raises ``RuntimeError`` in training and ``ValueError`` for another width."""
         self.refuse_training(x)
         if x.shape[-1] != self.in_features:
-            raise ValueError(f"the last dimension of {list(x.shape)} is not the layer's {self.in_features} features")
+            raise ValueError(f"`x` must have {self.in_features} features in its last dimension (got {list(x.shape)})")
         rows = x.reshape(x.shape[:-1].numel(), self.in_features).to(torch.float32)
         if self.backend == "dense":
             y = kernels.dense(rows, self.weight, self.bias)
@@ -124,10 +121,10 @@ class SparseLinear(Float32Inference):
 
 
 def sparse_names(model: nn.Module) -> list[str]:
-    """The names of a model's sparse layers."""
+    """Return the names of a model's sparse layers."""
     return [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
 
 
 def sparse_layers(model: nn.Module) -> list[SparseLinear]:
-    """A model's sparse layers."""
+    """Return a model's sparse layers."""
     return [model.get_submodule(name) for name in sparse_names(model)]

@@ -1,25 +1,25 @@
-"""Sparse models on disk: one bit a weight for where, four bytes a weight that is left for what.
+"""Sparse models on disk: one bit per weight for its position, four bytes per weight that is left for its value.
 
     config.json            the model's config
     sparse.safetensors     <layer>.bitmap  uint8 [ceil(out * in / 8)], row by row of [out, in], from the top bit down
                            <layer>.values  float32 [nnz], in the same order
                            <layer>.bias    float32 [out], zeros where the layer has none
-                           and the embeddings, LayerNorms and head as they are; the backends are in the metadata
+                           and the embeddings, LayerNorms and head as they are
 
-Of a model that ``embeddings.quantize`` has rounded, values are int8, and <layer>.scale float32 [out] is what a row's
-values are multiplied by; embeddings are int8 and float32 in the same way.
+In a model that ``embeddings.quantize`` has rounded, values are int8 and each row's are multiplied by its <layer>.scale,
+float32 [out]; embeddings are int8 and float32 in the same way.
 
-The round trip is exact to the bit for every weight that is left, NaN and denormals included. A weight of zero counts
-as pruned, so that -0.0 comes back as 0.0.
+A file does not name an engine: the machine that loads a model chooses the fastest one that it has. (Older files name
+one in their metadata, which is ignored.) The round trip is exact to the bit for every weight that is left, NaN and
+denormals included. A weight of zero counts as pruned, so that -0.0 comes back as 0.0.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nbhelpers.models import load_config
@@ -32,24 +32,21 @@ FILE = "sparse.safetensors"
 
 
 def save_sparse(model: nn.Module, folder: str | Path) -> Path:
-    """Write a sparse model into a folder, which is made where it is missing. Raises ``TypeError`` for a dense model."""
+    """Write a sparse model into a folder, made if missing, and return it. Raises ``TypeError`` for a dense model."""
     if not sparse_names(model):
-        raise TypeError(f"save_sparse takes a model that convert_to_sparse has made, not a {type(model).__name__}")
+        raise TypeError(f"`model` must be a model that convert_to_sparse has made (got {type(model).__name__})")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in outside(model).items()}
-    backends = {}
     for name in sparse_names(model):
-        layer = model.get_submodule(name)
-        tensors |= {f"{name}.{part}": tensor for part, tensor in pack_layer(layer).items()}
-        backends[name] = layer.backend
-    save_file(tensors, folder / FILE, metadata={"backends": json.dumps(backends)})
+        tensors |= {f"{name}.{part}": tensor for part, tensor in pack_layer(model.get_submodule(name)).items()}
+    save_file(tensors, folder / FILE)
     model.config.save_pretrained(folder)
     return folder
 
 
-def load_sparse(folder: str | Path) -> nn.Module:
-    """The model that ``save_sparse`` wrote, each layer with the backend that it had.
+def load_sparse(folder: str | Path, backend: str = "auto") -> nn.Module:
+    """Return the model that ``save_sparse`` wrote; backend: see ``SparseLinear.from_dense``.
 
     Raises ``ValueError`` that names the file when it is missing, damaged or incomplete.
     """
@@ -60,35 +57,35 @@ def load_sparse(folder: str | Path) -> nn.Module:
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{config_path} is missing or damaged: {error}") from error
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            backends = json.loads((file.metadata() or {}).get("backends", "{}"))
+        tensors = load_file(path)
         for name in sparse_names(model):
             parts = {part: tensors[f"{name}.{part}"] for part in ("bitmap", "values", "bias")}
             parts |= {"scale": tensors[f"{name}.scale"]} if f"{name}.scale" in tensors else {}
             empty = model.get_submodule(name)
-            model.set_submodule(name, unpack_layer(parts, empty.in_features, backends.get(name, "auto")))
-        wanted = outside(model)
-        for name, like in wanted.items():
-            if (tensors[name].shape, tensors[name].dtype) != (like.shape, like.dtype):
-                found, right = ((list(tensor.shape), tensor.dtype) for tensor in (tensors[name], like))
-                raise ValueError(f"{name} is {found[0]} {found[1]} instead of {right[0]} {right[1]}")
+            model.set_submodule(name, unpack_layer(parts, empty.in_features, backend))
+        expected = outside(model)
+        for name, like in expected.items():
+            found = tensors[name]
+            if (found.shape, found.dtype) != (like.shape, like.dtype):
+                raise ValueError(
+                    f"{name} must be {list(like.shape)} {like.dtype} (got {list(found.shape)} {found.dtype})"
+                )
     except KeyError as error:
         raise ValueError(f"{path} is incomplete: it has no tensor {error}") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from error
-    fill(model, {name: tensors[name] for name in wanted})
+    fill(model, {name: tensors[name] for name in expected})
     return model
 
 
 def outside(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters and buffers of a model outside of its sparse layers."""
+    """Return the parameters and buffers of a model outside of its sparse layers."""
     layers = tuple(f"{name}." for name in sparse_names(model))
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(layers)}
 
 
 def pack_layer(layer: SparseLinear) -> dict[str, torch.Tensor]:
-    """The tensors that hold a sparse layer: three, or four of one in eight bits."""
+    """Return the tensors that store a sparse layer: three, or four for a layer in eight bits."""
     values, _, starts, bias = matrix = tuple(tensor.cpu() for tensor in layer.csr())
     bits = np.packbits(to_mask(matrix, layer.in_features).numpy().reshape(-1))
     parts = {"bitmap": torch.from_numpy(bits), "values": values, "bias": bias}
@@ -99,17 +96,17 @@ def pack_layer(layer: SparseLinear) -> dict[str, torch.Tensor]:
 
 
 def unpack_layer(parts: dict[str, torch.Tensor], in_features: int, backend: str) -> SparseLinear:
-    """The layer that ``pack_layer`` packed. Raises ``ValueError`` when its tensors do not fit together."""
+    """Return the layer that ``pack_layer`` packed. Raises ``ValueError`` when its tensors do not fit together."""
     values, bias, scale = parts["values"], parts["bias"], parts.get("scale")
     shape = (len(bias), in_features)
     if parts["bitmap"].numel() != -(-shape[0] * shape[1] // 8):
-        raise ValueError(f"a bitmap of {parts['bitmap'].numel()} bytes does not cover {shape[0]} x {shape[1]} weights")
+        raise ValueError(f"the bitmap must cover {shape[0]} x {shape[1]} weights (got {parts['bitmap'].numel()} bytes)")
     bits = np.unpackbits(parts["bitmap"].numpy(), count=shape[0] * shape[1])
     mask = torch.from_numpy(bits.reshape(shape)).bool()
     if int(mask.sum()) != len(values):
-        raise ValueError(f"a bitmap has {int(mask.sum())} weights and {len(values)} values")
+        raise ValueError(f"the bitmap must have a bit per value (got {int(mask.sum())} bits, {len(values)} values)")
     if (values.dtype == torch.int8) != (scale is not None) or (scale is not None and scale.shape != bias.shape):
-        raise ValueError("values in eight bits and a scale for each row belong together")
+        raise ValueError("values in eight bits must come with a scale per row")
     values, columns, starts = mask_to_csr(mask, values)
     if scale is not None:
         values = values * scale[row_numbers(starts)]

@@ -4,18 +4,11 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from sparse_models import masked_llama
 
 from nbhelpers.masks import apply_masks, select_two_of_four, sparsity_of
 from nbhelpers.models import prunable_weights, stored_in_out
 from nbhelpers.sparse import convert_to_semi_structured, has_two_of_four, semi_structured
-
-
-def tiny_llama():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(**sizes, intermediate_size=24, vocab_size=20, max_position_embeddings=16, pad_token_id=0)
-    return LlamaForSequenceClassification(config).eval()
 
 
 def random_scores(model):
@@ -25,8 +18,8 @@ def random_scores(model):
 
 
 @pytest.mark.parametrize("build", ["gpt2", "llama"])
-def test_of_every_four_inputs_of_an_output_the_two_with_the_lowest_scores_go(build, toy_model):
-    model = toy_model if build == "gpt2" else tiny_llama()
+def test_the_two_lowest_scores_of_every_four_inputs_of_an_output_are_dropped(build, toy_model):
+    model = toy_model if build == "gpt2" else masked_llama()
     scores = random_scores(model)
     masks = select_two_of_four(scores, model)
     assert sparsity_of(masks) == 0.5
@@ -40,17 +33,17 @@ def test_of_every_four_inputs_of_an_output_the_two_with_the_lowest_scores_go(bui
                 assert [not k for k in mask[i : i + 4]] == [j in lowest for j in range(4)]
 
 
-def test_a_matrix_whose_inputs_are_no_multiple_of_four_is_refused(toy_model):
+def test_a_matrix_whose_inputs_are_not_a_multiple_of_four_is_refused(toy_model):
     name, weight = next(iter(prunable_weights(toy_model).items()))
-    with pytest.raises(ValueError, match=f"{name} has 6 inputs: 2:4 sparsity takes a multiple of 4"):
+    with pytest.raises(ValueError, match=rf"inputs of {name} must be a multiple of 4 for 2:4 sparsity \(got 6\)"):
         select_two_of_four({name: torch.rand(6, weight.shape[1])}, toy_model)
 
 
 @pytest.mark.parametrize("build", ["gpt2", "llama"])
-def test_what_goes_to_the_gpu_computes_what_the_masked_model_does(build, toy_model, monkeypatch):
-    model = toy_model if build == "gpt2" else tiny_llama()
+def test_the_converted_model_computes_the_masked_models_logits_up_to_the_gpus_product(build, toy_model, monkeypatch):
+    model = toy_model if build == "gpt2" else masked_llama()
     masked = apply_masks(copy.deepcopy(model), select_two_of_four(random_scores(model), model))
-    # The GPU's part is the product alone: here the dense one, on the CPU, in float32.
+    # The GPU's product is replaced by the dense one, on the CPU, in float32.
     seen = []
     monkeypatch.setattr(semi_structured, "has_two_of_four", lambda: True)
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: seen.append(weight) or weight)
@@ -65,11 +58,11 @@ def test_what_goes_to_the_gpu_computes_what_the_masked_model_does(build, toy_mod
 
 def test_a_model_that_is_not_two_of_four_is_refused(toy_model, monkeypatch):
     monkeypatch.setattr(semi_structured, "has_two_of_four", lambda: True)
-    with pytest.raises(ValueError, match=r"transformer.h.0.attn.c_attn is not 2:4 sparse"):
+    with pytest.raises(ValueError, match=r"transformer.h.0.attn.c_attn must be 2:4 sparse"):
         convert_to_semi_structured(toy_model)
 
 
-@pytest.mark.skipif(has_two_of_four(), reason="this machine has what the test is without")
-def test_without_such_a_gpu_the_reason_is_said(toy_model):
+@pytest.mark.skipif(has_two_of_four(), reason="this machine has such a GPU")
+def test_without_such_a_gpu_the_error_says_so(toy_model):
     with pytest.raises(RuntimeError, match=r"2:4 products need an NVIDIA GPU of compute capability 8\.0 or later"):
         convert_to_semi_structured(toy_model)

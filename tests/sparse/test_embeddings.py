@@ -1,18 +1,14 @@
-"""Low-rank embeddings and int8: against numpy's decomposition, torch's quantization, and the bits on disk."""
+"""Low-rank embeddings against numpy's SVD, int8 against torch's quantization, and their files."""
 
-import json
 import re
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_sparse import masked_gpt2, reviews
+from safetensors.torch import load_file
+from sparse_models import logits, masked_gpt2, masked_llama, reviews
 from torch import nn
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from nbhelpers import criteria, masks, selection
-from nbhelpers.models import prunable_weights
 from nbhelpers.sparse import (
     FactorizedEmbedding,
     Int8Embedding,
@@ -26,31 +22,14 @@ from nbhelpers.sparse import (
 )
 from nbhelpers.sparse.formats import quantize_rows
 
-
-def llama():
-    """A pruned Llama of another architecture: no positions, no biases."""
-    torch.manual_seed(0)
-    shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
-    model = LlamaForSequenceClassification(LlamaConfig(**shape, initializer_range=0.4)).eval()
-    weights = {name: weight.detach() for name, weight in prunable_weights(model).items()}
-    return masks.apply_masks(model, selection.select(criteria.magnitude_based_pruning(weights, {}), 0.8))
-
-
 EMBEDDING = re.compile(r"(table|wpe)\.weight$")
-MODELS = {"gpt2": masked_gpt2, "llama": llama}
+MODELS = {"gpt2": masked_gpt2, "llama": masked_llama}
 
 
 @pytest.fixture(params=list(MODELS))
 def model(request):
     """A pruned decoder with a token embedding of rank 5."""
     return factorize_embedding(MODELS[request.param](), 5)
-
-
-def logits(model):
-    torch.manual_seed(1)
-    with torch.inference_mode():
-        return model(**reviews((9, 4))).logits
 
 
 # --- low-rank embeddings ---
@@ -66,24 +45,20 @@ def test_the_low_rank_embedding_is_the_nearest_of_its_rank():
 
 
 @pytest.mark.parametrize("rank", [0, 12, 13, -1])
-def test_a_rank_that_is_none_or_saves_nolowg_is_refused(rank):
-    with pytest.raises(ValueError, match=f"a rank of {rank}: it takes at least 1 and less than the 12 features"):
+def test_a_rank_that_saves_nothing_is_refused(rank):
+    with pytest.raises(ValueError, match=rf"`rank` must be at least 1 and below the 12 features \(got {rank}\)"):
         FactorizedEmbedding.from_embedding(nn.Embedding(30, 12), rank)
 
 
 def test_a_model_with_a_low_rank_embedding_trains_and_is_counted(model):
     before = count_actual_params(MODELS[model.config.model_type]())
-    table, width = 50, 16
-    assert count_actual_params(model)["total"] == before["total"] - table * width + 5 * (table + width)
+    sparse = convert_to_sparse(model)
+    for counted in (model, sparse):
+        assert count_actual_params(counted)["total"] == before["total"] - 50 * 16 + 5 * (50 + 16)
+    torch.testing.assert_close(logits(sparse), logits(model), rtol=1e-4, atol=1e-4)
     model(**reviews((9, 4))).logits.sum().backward()
     low = next(module for module in model.modules() if isinstance(module, FactorizedEmbedding))
     assert low.table.weight.grad.abs().sum() > 0 and low.expand.weight.grad.abs().sum() > 0
-
-
-def test_the_sparse_model_with_a_low_rank_embedding_says_the_same(model):
-    sparse = convert_to_sparse(model)
-    torch.testing.assert_close(logits(sparse), logits(model), rtol=1e-4, atol=1e-4)
-    assert count_actual_params(sparse)["total"] == count_actual_params(model)["total"]
 
 
 # --- eight bits ---
@@ -135,7 +110,7 @@ def test_eight_bits_change_the_logits_little_and_the_file_much(model, tmp_path):
     assert sorted(tables) == sorted(name.removesuffix(".weight") for name in wide if EMBEDDING.search(name))
     for name, tensor in wide.items():
         if name.endswith(".values"):
-            # What is rounded to nolowg may be left out.
+            # A weight that is rounded to zero may be left out.
             assert narrow[name].dtype == torch.int8 and len(tensor) - 2 <= len(narrow[name]) <= len(tensor)
         elif EMBEDDING.search(name):
             numbers = narrow[name.replace(".weight", ".numbers")]
@@ -144,31 +119,11 @@ def test_eight_bits_change_the_logits_little_and_the_file_much(model, tmp_path):
             assert torch.equal(narrow[name], tensor)
 
 
-def test_what_is_saved_in_eight_bits_comes_back_to_the_bit(model, tmp_path):
-    sparse = quantize(convert_to_sparse(model))
-    loaded = load_sparse(save_sparse(sparse, tmp_path))
+def test_a_model_in_eight_bits_comes_back_to_the_bit(model, tmp_path):
+    sparse = quantize(convert_to_sparse(model, "numba"))
+    loaded = load_sparse(save_sparse(sparse, tmp_path), "numba")
     assert torch.equal(logits(loaded), logits(sparse))
     assert count_actual_params(loaded) == count_actual_params(sparse)
     again = save_sparse(loaded, tmp_path / "again") / "sparse.safetensors"
     first = load_file(tmp_path / "sparse.safetensors")
     assert all(torch.equal(first[name], tensor) for name, tensor in load_file(again).items())
-
-
-@pytest.mark.parametrize("change", ["no scale", "floats", "short scale", "a float table"])
-def test_files_that_do_not_fit_together_are_refused(tmp_path, change):
-    path = save_sparse(quantize(convert_to_sparse(factorize_embedding(masked_gpt2(), 5))), tmp_path)
-    path = path / "sparse.safetensors"
-    tensors = load_file(path)
-    layer, table = "transformer.h.0.mlp.c_fc", "transformer.wte.table.numbers"
-    if change == "no scale":
-        del tensors[f"{layer}.scale"]
-    elif change == "floats":
-        tensors[f"{layer}.values"] = tensors[f"{layer}.values"].float()
-    elif change == "short scale":
-        tensors[f"{layer}.scale"] = tensors[f"{layer}.scale"][:-1].clone()
-    else:
-        tensors[table] = tensors[table].float()
-    save_file(tensors, path, metadata={"backends": json.dumps({})})
-    said = r"sparse\.safetensors is missing or damaged: (values in eight bits|.* instead of )"
-    with pytest.raises(ValueError, match=said):
-        load_sparse(tmp_path)
