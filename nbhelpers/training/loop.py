@@ -1,14 +1,16 @@
-"""One training loop over Accelerate; fine-tuning, recovery and distillation are its uses.
+"""One training loop over Accelerate, for fine-tuning, recovery and distillation.
 
-Several processes share each batch where torchrun or ``accelerate launch`` starts them (``distributed``).
+Several processes share each batch where torchrun or ``accelerate launch`` starts them (``distributed``). A batch is
+computed in micro-batches: ``accumulation`` of them per process.
 """
 
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +26,7 @@ from nbhelpers.models import BLOCK_WEIGHT, blocks
 from nbhelpers.profiles import Profile
 from nbhelpers.system.progress import progress
 from nbhelpers.training import distributed
-from nbhelpers.training.checkpoints import Checkpoints, Standing
+from nbhelpers.training.checkpoints import Checkpoints, TrainingState
 from nbhelpers.training.precision import faster_in_bfloat16, mixed_precision
 
 
@@ -46,7 +48,7 @@ class Recipe:
 
 
 def recipe_for(profile: Profile, purpose: str) -> Recipe:
-    """The recipe of a profile's ``"finetune"``, ``"recover"`` (with the first of its rates) or ``"distill"``."""
+    """Return a profile's recipe to ``"finetune"``, ``"recover"`` (with the first of its rates) or ``"distill"``."""
     names = ("weight_decay", "warmup_share", "max_grad_norm", "precision", "accumulation")
     shared = {name: getattr(profile, name) for name in names}
     labels = {"prefix_share": profile.prefix_share, **shared}
@@ -61,7 +63,7 @@ def recipe_for(profile: Profile, purpose: str) -> Recipe:
 
 
 def parameter_groups(model: PreTrainedModel, recipe: Recipe) -> list[dict]:
-    """AdamW's groups: weight decay for matrices only, and a learning rate that falls from the head to the embeddings.
+    """Return AdamW's groups: weight decay for matrices only, a learning rate that falls from head to embeddings.
 
     A parameter of block l (of L) gets ``learning_rate * layer_decay ** (L - l)``, the embeddings the exponent L + 1
     (Howard and Ruder, 2018).
@@ -69,7 +71,7 @@ def parameter_groups(model: PreTrainedModel, recipe: Recipe) -> list[dict]:
     depth, groups = len(blocks(model)), {}
     for name, parameter in model.named_parameters():
         match = BLOCK_WEIGHT.search(name.rsplit(".", 1)[0] + ".weight")
-        in_embeddings = any(part in name for part in ("wte", "wpe", "embed"))
+        in_embeddings = any(word in name for word in ("wte", "wpe", "embed"))
         below = depth - int(match[1]) if match else depth + 1 if in_embeddings else 0
         decay = recipe.weight_decay if parameter.ndim >= 2 else 0.0
         group = {"params": [], "lr": recipe.learning_rate * recipe.layer_decay**below, "weight_decay": decay}
@@ -78,24 +80,24 @@ def parameter_groups(model: PreTrainedModel, recipe: Recipe) -> list[dict]:
 
 
 def warmup_and_decay(steps: int, warmup_share: float) -> Callable[[int], float]:
-    """The factor of the learning rate at each step: linear up to 1 over the warm-up, then linear down to nearly 0."""
+    """Return a function of the step: the learning rate's factor, which rises to 1, then falls to nearly 0, linearly."""
     warmup = min(math.ceil(steps * warmup_share), steps - 1)
     return lambda step: (step + 1) / (warmup + 1) if step < warmup else (steps - step) / (steps - warmup)
 
 
-def make_accelerator(wish: str) -> Accelerator:
-    """An accelerator of the wished precision, also where an earlier one of this process had another."""
-    precision = distributed.broadcast(mixed_precision(wish))
+def make_accelerator(precision: str) -> Accelerator:
+    """Return an accelerator of this precision, also where an earlier one of this process had another."""
+    precision = distributed.broadcast(mixed_precision(precision))
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision=precision)
 
 
 def classification_loss(model: nn.Module, batch: dict, prefix_share: float = 0.0) -> torch.Tensor:
-    """Cross-entropy of the labels at the last token; a share of it at every token on the way.
+    """Return the cross-entropy of the labels at the last token, with a share of it computed at every token.
 
-    The verdict on a review holds for its beginnings too, the less so the shorter they are: token t of n counts t / n
-    ("linear gain", Dai and Le, 2015). A model that needs an opinion at every token learns more from each review.
+    A review's label also holds for its beginnings, the less so the shorter they are: token t of n is weighted by t / n
+    ("linear gain", Dai and Le, 2015). A model that has to predict at every token learns more from each review.
     """
     output = model(input_ids=batch["input_ids"], output_hidden_states=prefix_share > 0)
     last = nn.functional.cross_entropy(output.logits, batch["labels"])
@@ -107,65 +109,127 @@ def classification_loss(model: nn.Module, batch: dict, prefix_share: float = 0.0
     losses = nn.functional.cross_entropy(
         logits.flatten(0, 1), batch["labels"].repeat_interleave(length), reduction="none"
     ).view(reviews, length)
-    read = torch.arange(1, length + 1, device=losses.device) / batch["lengths"][:, None]
-    gain = read * (read <= 1)
-    on_the_way = ((losses * gain).sum(1) / gain.sum(1)).mean()
-    return (1 - prefix_share) * last + prefix_share * on_the_way
+    position = torch.arange(1, length + 1, device=losses.device) / batch["lengths"][:, None]
+    gain = position * (position <= 1)  # 0 for padding
+    prefixes = ((losses * gain).sum(1) / gain.sum(1)).mean()
+    return (1 - prefix_share) * last + prefix_share * prefixes
 
 
-def part_of(batch: dict, part: int, parts: int) -> tuple[dict, float]:
-    """Every ``parts``-th review of a batch, from the number ``part`` on, and their share of the batch.
+def micro_batch(batch: dict, index: int, count: int) -> tuple[dict, float]:
+    """Return micro-batch number ``index`` of ``count``, every ``count``-th review, and its share of the batch.
 
-    Where fewer reviews than parts are left, a part without any gets the first review with the share 0.
+    Where a batch has fewer reviews than micro-batches, one that would be empty holds the first review, with share 0.
     """
     reviews = len(batch["labels"])
-    rows = slice(part, None, parts) if part < reviews else slice(1)
-    mine = {key: value[rows] for key, value in batch.items()}
-    mine["input_ids"] = mine["input_ids"][:, : mine["lengths"].max()]
-    return mine, len(mine["labels"]) / reviews if part < reviews else 0.0
+    rows = slice(index, None, count) if index < reviews else slice(1)
+    micro = {key: value[rows] for key, value in batch.items()}
+    micro["input_ids"] = micro["input_ids"][:, : micro["lengths"].max()]
+    return micro, len(micro["labels"]) / reviews if index < reviews else 0.0
 
 
-def backward_in_parts(model, batch: dict, loss_function: Callable, accelerator: Accelerator, accumulation: int):
-    """Add the gradient of the mean loss of a batch to the parameters, whoever computes which part of it.
+def accumulate_gradients(model, batch: dict, loss_function: Callable, accelerator: Accelerator, accumulation: int):
+    """Add the gradient of the mean loss of a whole batch to the parameters, in micro-batches.
 
-    Each process takes every n-th review, ``accumulation`` parts of them one after the other. Parts weigh by their
-    reviews, so that the sum is the gradient of the whole batch, whatever the number of processes and parts. Returns
-    this process's share of the loss, a scalar.
+    Micro-batches are weighted by their reviews, so the sum is the same for any number of processes and micro-batches.
+    Returns this process's share of the loss, a scalar.
     """
-    mine, parts = torch.zeros((), device=accelerator.device), accelerator.num_processes * accumulation
+    total, processes = torch.zeros((), device=accelerator.device), accelerator.num_processes
     for i in range(accumulation):
-        part, share = part_of(batch, i * accelerator.num_processes + accelerator.process_index, parts)
-        # Gradients travel between processes once a batch, with the last part.
-        last = i == accumulation - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        micro, share = micro_batch(batch, i * processes + accelerator.process_index, processes * accumulation)
+        # Gradients travel between processes once per batch, with the last micro-batch.
+        with contextlib.nullcontext() if i == accumulation - 1 else accelerator.no_sync(model):
             with accelerator.autocast():
-                loss = loss_function(model, send_to_device(part, accelerator.device)) * share
-            # Between processes gradients are averaged; a sum is what is wanted.
-            accelerator.backward(loss * accelerator.num_processes)
-        mine += loss.detach()
-    return mine
+                loss = loss_function(model, send_to_device(micro, accelerator.device)) * share
+            # Accelerate averages gradients over processes; the shares need their sum.
+            accelerator.backward(loss * processes)
+        total += loss.detach()
+    return total
 
 
-def backward_within_memory(model, batch: dict, loss_function: Callable, accelerator: Accelerator, accumulation: int):
-    """``backward_in_parts``, and again in twice as many parts, once, where the memory is too small.
+class Stepper:
+    """Makes optimizer steps: computes a batch's gradient, shows it to the observers, clips it and applies it.
 
-    Returns the share of the loss and the number of parts that fits. Raises ``MemoryError`` where it still does not, or
-    where other processes would have to do the same.
+    ``bare`` is the model itself, ``model`` what Accelerate wraps around it.
     """
-    parts = (accumulation, 2 * accumulation) if accelerator.num_processes == 1 else (accumulation,)
-    for attempt in parts:
+
+    def __init__(self, model, recipe: Recipe, steps: int, loss_function: Callable, observers: tuple, mask_keeper):
+        self.loss_function, self.observers, self.mask_keeper = loss_function, observers, mask_keeper
+        self.accelerator, self.accumulation = make_accelerator(recipe.precision), recipe.accumulation
+        self.max_grad_norm = recipe.max_grad_norm
+        optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, 0.98), fused=True)
+        self.bare = model.to(self.accelerator.device)
+        self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
+        factor = warmup_and_decay(steps, recipe.warmup_share)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        # What a checkpoint has to store.
+        self.stored = (self.bare, self.optimizer, [*observers, *([mask_keeper] if mask_keeper else [])])
+
+    def step(self, batch: dict) -> torch.Tensor:
+        """Make one step on a batch; return this process's share of the loss. Raises ``FloatingPointError``."""
+        loss = self.backward(batch)
+        if not torch.isfinite(loss):
+            step = self.schedule.last_epoch + 1
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower the learning rate")
+        for observer in self.observers:
+            observer.after_backward()
+        if self.mask_keeper:
+            self.mask_keeper.mask_gradients()
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        if self.mask_keeper:
+            self.mask_keeper.apply()
+        return loss
+
+    def backward(self, batch: dict, retry: bool = True) -> torch.Tensor:
+        """Call ``accumulate_gradients``, and where memory is too small, once more with twice the micro-batches.
+
+        Raises ``MemoryError`` where it still is, or where other processes would have to do the same.
+        """
         try:
-            return backward_in_parts(model, batch, loss_function, accelerator, attempt), attempt
+            return accumulate_gradients(self.model, batch, self.loss_function, self.accelerator, self.accumulation)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-        model.zero_grad()
-        if attempt != parts[-1]:
-            print(f"no memory for {len(batch['labels'])} reviews in {attempt} parts: in {2 * attempt} from here on")
-    raise MemoryError(
-        f"{len(batch['labels'])} reviews do not fit into memory in {parts[-1]} parts: "
-        f"set accumulation to {2 * parts[-1]} or more, or max_tokens or batch_size lower"
-    )
+        self.model.zero_grad()
+        message = f"out of memory for {len(batch['labels'])} reviews with accumulation={self.accumulation}"
+        if not retry or self.accelerator.num_processes > 1:
+            advice = f"set accumulation to {2 * self.accumulation} or more, or lower max_tokens or batch_size"
+            raise MemoryError(f"{message}: {advice}")
+        self.accumulation *= 2
+        print(f"{message}: going on with {self.accumulation}")
+        return self.backward(batch, retry=False)
+
+    def run(self, loader, steps: int) -> Iterator[torch.Tensor]:
+        """Make so many steps in training mode, and yield each one's share of the loss."""
+        self.model.train()
+        with faster_in_bfloat16(self.bare, self.accelerator.mixed_precision, training=True):
+            for batch in itertools.islice(loader, steps):
+                yield self.step(batch)
+
+    def restore(self, checkpoints: Checkpoints) -> TrainingState:
+        """Return the state that the newest checkpoint stored, after the model and all else were set to it."""
+        state = checkpoints.restore(*self.stored)
+        self.schedule.last_epoch = state.step
+        return state
+
+    def finish(self) -> None:
+        """Hand the model back as it came, without Accelerate's autocast around its forward pass, in eval mode."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
+
+
+def finish_epoch(state: TrainingState, model: nn.Module, validate: Callable | None, started: float) -> None:
+    """Append an epoch to the history, and keep its weights where its validation is the best so far."""
+    losses = distributed.all_reduce(torch.stack(state.losses)).tolist()
+    entry = {"epoch": len(state.history) + 1, "steps": state.step, "loss": sum(losses) / len(losses), "losses": losses}
+    entry["step_seconds"] = (time.time() - started) / len(losses)
+    if validate:
+        entry["accuracy"] = validate(model.eval())
+        if state.best is None or entry["accuracy"] > state.best[0]:
+            state.best = entry["accuracy"], copy.deepcopy(model.state_dict())
+    state.history.append(entry | {"seconds": time.time() - started})
+    state.losses, state.seconds = [], 0.0
 
 
 def train(
@@ -181,74 +245,43 @@ def train(
     checkpoints: Checkpoints | None = None,
     description: str = "training",
 ) -> list[dict]:
-    """Train a model in place, on ``processes.device()``, and leave the weights of its best validation in it.
+    """Train a model in place, on ``distributed.device()``, and leave the weights of its best validation in it.
 
-    loss_function(model, batch) -> mean over the batch's reviews, ``classification_loss`` if none is given; observers
-    see the model after each backward pass, before clipping, with the gradient of the whole batch; mask_keeper keeps
-    pruned weights at zero; validate(model) -> accuracy, asked at the end of each epoch. Returns one dict an epoch:
-    epoch, steps, loss (mean), losses (each step's), step_seconds (mean), accuracy, seconds (validation included).
-    checkpoints: where to keep the state of the training from time to time, and to go on from. Of several processes
-    each computes its share of every batch; dropout aside, they train as one would. Raises ``FloatingPointError`` when
-    the loss is not finite, and ``MemoryError`` when a batch does not fit.
+    loss_function(model, batch) -> mean over the batch's reviews, by default ``classification_loss``; observers see the
+    model after each backward pass, with the gradient of the whole batch before clipping; mask_keeper keeps pruned
+    weights at zero; validate(model) -> accuracy, called at the end of each epoch; checkpoints: where the state is
+    stored from time to time, and from where an interrupted training continues. Returns one dict per epoch: epoch,
+    steps, loss (mean), losses (one per step), step_seconds (mean), accuracy, seconds (with validation). Several
+    processes share every batch; dropout aside, they train as one would. Raises ``FloatingPointError`` when the loss is
+    not finite, and ``MemoryError`` when a batch does not fit.
     """
     torch.manual_seed(seed + distributed.rank())
-    loss_function = loss_function or functools.partial(classification_loss, prefix_share=recipe.prefix_share)
     # Reviews are padded on the right and attention is causal: no real token sees padding, so no mask is passed.
     loader = make_loader(data, recipe.batch_size, model.config.pad_token_id, seed)
-    sampler, accelerator = loader.batch_sampler, make_accelerator(recipe.precision)
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, 0.98), fused=True)
-    bare = model.to(accelerator.device)
-    model, optimizer = accelerator.prepare(bare, optimizer)
-    per_epoch = len(loader)
-    steps = recipe.steps or recipe.epochs * per_epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_decay(steps, recipe.warmup_share))
+    steps = recipe.steps or recipe.epochs * len(loader)
+    loss_function = loss_function or functools.partial(classification_loss, prefix_share=recipe.prefix_share)
+    stepper = Stepper(model, recipe, steps, loss_function, observers, mask_keeper)
+    state = stepper.restore(checkpoints) if checkpoints else TrainingState()
 
-    in_parts, parts = recipe.accumulation, [*observers, *([mask_keeper] if mask_keeper else [])]
-    at = checkpoints.restore(bare, optimizer, parts) if checkpoints else Standing()
-    schedule.last_epoch = at.step
-    with progress(steps, description, done=at.step) as bar:
-        for epoch in range(len(at.history), math.ceil(steps / per_epoch)):
-            sampler.set_epoch(epoch, skip=len(at.losses))
-            model.train()
-            started = time.time() - at.seconds
-            with faster_in_bfloat16(bare, accelerator.mixed_precision, training=True):
-                for batch in loader:
-                    loss, in_parts = backward_within_memory(model, batch, loss_function, accelerator, in_parts)
-                    if not torch.isfinite(loss):
-                        raise FloatingPointError(
-                            f"the loss is {loss.item()} at step {at.step + 1}: lower the learning rate"
-                        )
-                    for observer in observers:
-                        observer.after_backward()
-                    if mask_keeper:
-                        mask_keeper.mask_gradients()
-                    accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-                    optimizer.step()
-                    schedule.step()
-                    optimizer.zero_grad()
-                    if mask_keeper:
-                        mask_keeper.apply()
-                    at.losses.append(loss)
-                    at.step += 1
-                    bar.update()
-                    if at.step == steps or len(at.losses) == per_epoch:
-                        break
-                    if checkpoints and checkpoints.due():
-                        at.seconds = time.time() - started
-                        checkpoints.save(at, bare, optimizer, parts)
-            losses = distributed.all_reduce(torch.stack(at.losses)).tolist()
-            entry = {"epoch": epoch + 1, "steps": at.step, "loss": sum(losses) / len(losses), "losses": losses}
-            entry["step_seconds"] = (time.time() - started) / len(losses)
-            if validate:
-                entry["accuracy"] = validate(bare.eval())
-                if at.best is None or entry["accuracy"] > at.best[0]:
-                    at.best = entry["accuracy"], copy.deepcopy(bare.state_dict())
-            at.history.append(entry | {"seconds": time.time() - started})
-            at.losses, at.seconds = [], 0.0
-            if checkpoints and checkpoints.due():
-                checkpoints.save(at, bare, optimizer, parts)
-    if at.best:
-        bare.load_state_dict(at.best[1])
-    # Without this the model would keep Accelerate's autocast around its forward pass.
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
-    return at.history
+    def save_if_due() -> None:
+        if checkpoints and checkpoints.due():
+            checkpoints.save(state, *stepper.stored)
+
+    with progress(steps, description, done=state.step) as bar:
+        while state.step < steps:
+            end_of_epoch = min(steps, state.step - len(state.losses) + len(loader))
+            loader.batch_sampler.set_epoch(len(state.history), skip=len(state.losses))
+            started = time.time() - state.seconds
+            for loss in stepper.run(loader, end_of_epoch - state.step):
+                state.losses.append(loss)
+                state.step += 1
+                bar.update()
+                if state.step < end_of_epoch:
+                    state.seconds = time.time() - started
+                    save_if_due()
+            finish_epoch(state, stepper.bare, validate, started)
+            save_if_due()
+    if state.best:
+        stepper.bare.load_state_dict(state.best[1])
+    stepper.finish()
+    return state.history

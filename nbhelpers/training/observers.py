@@ -1,4 +1,4 @@
-"""What training and a calibration pass observe of every prunable weight, accumulated in place."""
+"""Statistics of every prunable weight, gathered during training or in a calibration pass."""
 
 import torch
 from torch import nn
@@ -25,30 +25,30 @@ class GradientMagnitude:
         self.steps = 0
 
     def value(self, weight: nn.Parameter) -> torch.Tensor:
-        """What is averaged, for one parameter."""
+        """Return what is averaged, for one parameter."""
         return weight.grad.float().abs()
 
     @torch.no_grad()
     def after_backward(self) -> None:
-        """Add what the parameters and their gradients say now."""
+        """Add this step's value of every prunable weight."""
         self.steps += 1
         for name, weight in self.weights.items():
             self.sums[name] += self.value(weight)
 
     def state(self) -> Tensors:
-        """What a checkpoint has to keep: the number of steps, and the sums."""
+        """Return what a checkpoint stores: the number of steps, and the sums."""
         return {"steps": torch.tensor(self.steps)} | {f"sum.{name}": total for name, total in self.sums.items()}
 
     def load_state(self, tensors: Tensors) -> None:
-        """Go on from a ``state``."""
+        """Restore a ``state``."""
         self.steps = int(tensors["steps"])
         for name, total in self.sums.items():
             total.copy_(tensors[f"sum.{name}"])
 
     def mean(self) -> Tensors:
-        """The mean by parameter name. Raises ``RuntimeError`` before the first step."""
+        """Return the mean by parameter name. Raises ``RuntimeError`` before the first step."""
         if not self.steps:
-            raise RuntimeError("no gradient was observed: pass this observer to train() first")
+            raise RuntimeError("no gradient was observed yet: pass this observer to train() first")
         return {name: total / self.steps for name, total in self.sums.items()}
 
 
@@ -63,16 +63,16 @@ class FirstOrderMovement(GradientMagnitude):
 
 
 def calibrate(model: nn.Module, reviews: list[list[int]], labels: list[int], hessians: bool = False) -> dict:
-    """What one pass over some reviews shows of a model that stays as it is: {statistic: {parameter name: tensor}}.
+    """Return the statistics of one pass over some reviews, {statistic: {parameter name: tensor}}; no weight changes.
 
     One review at a time, so that gradients are those of single reviews. "calibration_gradient": mean |dL/dw|;
     "squared_gradient": mean (dL/dw)^2, the diagonal of the empirical Fisher information; "input_norm": the L2 norm over
     all tokens of each feature that enters, [in, 1] for a weight [in, out] and [1, in] for [out, in]; with ``hessians``,
-    "hessian" [in, in]: X^T X of what enters. Of several processes each takes its share of the reviews, and all get the
-    statistics of all reviews. Raises ``ValueError`` without reviews.
+    "hessian" [in, in]: X^T X of these features. Several processes share the reviews; each returns the sums of all.
+    Raises ``ValueError`` without reviews.
     """
     if not reviews:
-        raise ValueError("there are no reviews to calibrate with")
+        raise ValueError("`reviews` must hold at least one review (got none)")
     weights = prunable_weights(model)
     found = {
         key: {n: torch.zeros_like(w) for n, w in weights.items()}
@@ -83,17 +83,17 @@ def calibrate(model: nn.Module, reviews: list[list[int]], labels: list[int], hes
     squares = {name: torch.zeros(size, device=device) for name, size in features.items()}
     products = {name: torch.zeros(size, size, device=device) for name, size in features.items() if hessians}
 
-    def watch(name):
-        def before(module, inputs):
+    def sum_inputs(name):
+        def hook(module, inputs):
             x = inputs[0].detach().flatten(0, -2).float()
             squares[name] += x.square().sum(0)
             if hessians:
                 products[name] += x.t() @ x
 
-        return before
+        return hook
 
     layers = prunable_layers(model).items()
-    hooks = [layer.register_forward_pre_hook(watch(f"{name}.weight")) for name, layer in layers]
+    hooks = [layer.register_forward_pre_hook(sum_inputs(f"{name}.weight")) for name, layer in layers]
     was_training = model.training
     try:
         model.eval()
@@ -121,11 +121,10 @@ def calibrate(model: nn.Module, reviews: list[list[int]], labels: list[int], hes
 class FlaggedSets:
     """Observer: the weights that each criterion would drop after 0, 1, 2, 4, 8, ... optimizer steps.
 
-    Stands before the ``GradientMagnitude`` whose sums it reads: when a backward pass ends, the weights are those after
-    the step before, and so are then the gradients. Raises ``RuntimeError`` in another place. A criterion whose scores
-    are all zero has no verdict yet and is left out: movement and gradient after 0 steps.
-    Extra memory: a copy of the prunable weights, three bits a weight for each record, and while one is made the scores
-    of one criterion and the mean gradient.
+    It must come before the ``GradientMagnitude`` whose sums it reads, so that weights and gradients are those after the
+    same number of steps; ``RuntimeError`` otherwise. A criterion whose scores are all zero is left out: movement and
+    gradient after 0 steps. Extra memory: a copy of the prunable weights, three bits per weight and record, and while
+    one is made the scores of one criterion and the mean gradient.
     """
 
     def __init__(self, gradients: GradientMagnitude, sparsity: float):
@@ -133,16 +132,16 @@ class FlaggedSets:
         self.start = {name: weight.detach().clone() for name, weight in gradients.weights.items()}
 
     def after_backward(self) -> None:
-        """Keep what the criteria flag now if the steps made so far are 0 or a power of two."""
+        """Call ``record`` if the number of steps made so far is 0 or a power of two."""
         if self.steps & (self.steps - 1) == 0:
             self.record()
         self.steps += 1
 
     @torch.no_grad()
     def record(self) -> None:
-        """Keep what each criterion flags now, as "<steps>/<criterion>"."""
+        """Keep the set that each criterion flags now, as "<steps>/<criterion>"."""
         if self.gradients.steps != self.steps:
-            raise RuntimeError("pass train() these observers in this order: FlaggedSets, its GradientMagnitude")
+            raise RuntimeError("FlaggedSets must come before its GradientMagnitude in the observers of train()")
         gradients = self.gradients.mean() if self.steps else self.gradients.sums
         statistics = {"pretrained": self.start, "mean_abs_gradient": gradients}
         for criterion, score in CRITERIA.items():
@@ -151,19 +150,19 @@ class FlaggedSets:
                 self.sets[f"{self.steps}/{criterion}"] = pack(select(scores, self.sparsity))
 
     def state(self) -> Tensors:
-        """What a checkpoint has to keep: the number of steps, and the sets."""
+        """Return what a checkpoint stores: the number of steps, and the sets."""
         return {"steps": torch.tensor(self.steps)} | {f"set.{key}": bits for key, bits in self.sets.items()}
 
     def load_state(self, tensors: Tensors) -> None:
-        """Go on from a ``state``."""
+        """Restore a ``state``."""
         self.steps = int(tensors["steps"])
         self.sets = {key.removeprefix("set."): bits for key, bits in tensors.items() if key != "steps"}
 
     def tensors(self) -> Tensors:
-        """{"<steps>/<criterion>": ``pack``ed set}, the last ones of the model as it is now: ask after ``train``.
+        """Return {"<steps>/<criterion>": ``pack``ed set}; the last sets are those of the model as it is now.
 
-        Where ``train`` went back to the weights of its best validation, the last sets are those of these weights, with
-        the gradients of all steps, as the scores of a run are.
+        Call it after ``train``: where that restored the weights of the best validation, the last sets are those of
+        these weights with the gradients of all steps, as are the scores of a run.
         """
         self.record()
         return self.sets

@@ -1,4 +1,4 @@
-"""What bfloat16 on a CPU computes faster in another way: attention as plain products, GELU exactly, dropout by bits."""
+"""The precision of training, and faster forms of attention, GELU and dropout for bfloat16 on a CPU."""
 
 import contextlib
 import functools
@@ -15,21 +15,21 @@ from transformers.masking_utils import sdpa_mask
 
 
 @functools.cache
-def mixed_precision(wish: str = "auto") -> str:
-    """``"bf16"`` where it is faster than float32, else ``"no"``; decided once a process.
+def mixed_precision(setting: str = "auto") -> str:
+    """Return a precision setting, "auto" as ``"bf16"`` where that is faster than float32, else as ``"no"``.
 
-    On a CPU that is measured, never assumed: without AVX512_BF16 or AMX a bfloat16 product can take hundreds of times
-    longer than a float32 one. ``NBHELPERS_PRECISION`` holds what another process has measured already.
+    On a CPU that is measured, once per process: without AVX512_BF16 or AMX a bfloat16 product can take hundreds of
+    times as long as a float32 one. ``NBHELPERS_PRECISION`` holds what another process has measured already.
     """
-    if wish != "auto":
-        return wish
+    if setting != "auto":
+        return setting
     if os.environ.get("NBHELPERS_PRECISION") in ("no", "bf16"):
         return os.environ["NBHELPERS_PRECISION"]
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     matrices = {dtype: torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     seconds = {dtype: [] for dtype in matrices}
-    # In turns, and the best of many: what else the machine is doing then hardly matters.
+    # In turns, and the best of many, so that other work on the machine hardly matters.
     for _ in range(20):
         for dtype, matrix in matrices.items():
             start = time.perf_counter()
@@ -37,19 +37,19 @@ def mixed_precision(wish: str = "auto") -> str:
             seconds[dtype].append(time.perf_counter() - start)
         if seconds[torch.bfloat16][-1] > 0.05:
             return "no"
-    # A clear gain or none, so that the choice does not change from run to run on one machine.
+    # Only a clear gain counts, so that the choice does not change from run to run on one machine.
     return "bf16" if min(seconds[torch.bfloat16]) < 0.8 * min(seconds[torch.float32]) else "no"
 
 
-NAME = "products"  # under which transformers finds it
-LONGEST = 384  # tokens: of longer texts the fused attention is about as fast, and it keeps no scores in memory
+NAME = "products"  # of ``attend`` in transformers' registry
+LONGEST = 384  # tokens: for longer texts the fused attention is about as fast, and it keeps no scores in memory
 
 
 def attend(module: nn.Module, query, key, value, attention_mask, scaling: float | None = None, **options):
-    """softmax(scaling * q k^T) v over each token and those before it: [batch, heads, tokens, features] in.
+    """Compute causal attention, softmax(scaling * q k^T) v, by plain products: [batch, heads, tokens, features] in.
 
-    Returns [batch, tokens, heads, features] and, as the interface asks for weights, None. What is longer than
-    ``LONGEST``, or has a mask, dropout or grouped heads, goes to PyTorch's fused attention.
+    Returns [batch, tokens, heads, features] and, in place of the weights, None. Texts longer than ``LONGEST``, and
+    calls with a mask, dropout or grouped heads, go to PyTorch's fused attention.
     """
     (batch, heads, tokens, features), mask = query.shape, attention_mask
     if tokens > LONGEST or mask is not None or key.shape != query.shape or options.get("dropout"):
@@ -67,7 +67,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextlib.contextmanager
 def attention_as_products(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block a model that has the fused attention computes ``attend`` instead."""
+    """Let a model that has the fused attention use ``attend`` within the block."""
     before = model.config._attn_implementation
     if before == "sdpa":
         model.set_attn_implementation(NAME)
@@ -78,13 +78,13 @@ def attention_as_products(model: PreTrainedModel) -> Iterator[None]:
 
 
 class BitDropout(nn.Dropout):
-    """Dropout with 15 random bits an element, so that one random number serves four: drawing them is most of its time.
+    """Dropout with 15 random bits per element: one random number serves four, and drawing them takes most of the time.
 
     The rate is the nearest multiple of 2^-15.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x with a share p set to zero and the rest divided by 1 - p; x itself outside training, or where p is 0."""
+        """Set a share p of x to zero and divide the rest by 1 - p; return x itself outside training or where p is 0."""
         if not (self.training and self.p):
             return x
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_().view(torch.int16)
@@ -96,7 +96,7 @@ class BitDropout(nn.Dropout):
 def replaced(
     model: nn.Module, kinds: type | tuple[type, ...], make: Callable[[nn.Module], nn.Module]
 ) -> Iterator[None]:
-    """Within the block a model has make(module) for each of its modules of some kinds, which have no parameters."""
+    """Put make(module) in place of each module of some kinds, without parameters, within the block."""
     found = [
         (parent, name, child)
         for parent in model.modules()
@@ -113,7 +113,7 @@ def replaced(
 
 
 def exact_gelu(model: nn.Module):
-    """Within the block a model computes x * Phi(x) where it has the tanh form of it, which is slower on a CPU.
+    """Let a model compute x * Phi(x) within the block where it has its tanh form, which is slower on a CPU.
 
     The two differ by less than 0.0005 (Hendrycks and Gimpel, 2016), as much as rounding x to bfloat16 changes either.
     """
@@ -122,15 +122,15 @@ def exact_gelu(model: nn.Module):
 
 @contextlib.contextmanager
 def faster_in_bfloat16(model: PreTrainedModel, precision: str, training: bool = False) -> Iterator[None]:
-    """Within the block a model that computes in "bf16" on a CPU does so in the faster ways; any other, as it is.
+    """Let a model that computes in "bf16" on a CPU use the faster forms within the block; leave any other as it is.
 
-    In training that is dropout, and attention, too: the backward pass of the fused one takes several times as long for
+    In training these include dropout and attention: the backward pass of the fused one takes several times as long for
     texts of up to a few hundred tokens.
     """
-    with contextlib.ExitStack() as ways:
+    with contextlib.ExitStack() as stack:
         if precision == "bf16" and model.device.type == "cpu":
-            ways.enter_context(exact_gelu(model))
+            stack.enter_context(exact_gelu(model))
             if training:
-                ways.enter_context(attention_as_products(model))
-                ways.enter_context(replaced(model, nn.Dropout, lambda dropout: BitDropout(dropout.p)))
+                stack.enter_context(attention_as_products(model))
+                stack.enter_context(replaced(model, nn.Dropout, lambda dropout: BitDropout(dropout.p)))
         yield

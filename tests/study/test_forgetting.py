@@ -1,5 +1,6 @@
 """What was forgotten: tables against hand counts and loops over pairs, language models against their originals."""
 
+import copy
 import itertools
 import math
 
@@ -31,16 +32,8 @@ from nbhelpers.study.forgetting import (
     shorten,
 )
 
-GROUP_COLUMNS = [
-    "feature",
-    "group",
-    "reviews",
-    "dense_right",
-    "forgotten",
-    "forgotten_low",
-    "forgotten_high",
-    "learned",
-]
+GROUP_COLUMNS = ["feature", "group", "reviews", "dense_right", "forgotten"]
+GROUP_COLUMNS += ["forgotten_low", "forgotten_high", "learned"]
 
 
 # --- what is known of a review ---
@@ -67,14 +60,13 @@ def test_a_review_is_described_by_length_confidence_words_and_stars():
     assert describe_reviews(texts, [20, 15, 2], logits)["stars"].isna().all()
 
 
-@pytest.mark.parametrize("word", ["never", "nor", "Neither", "none", "cannot", "hardly", "isn't", "WON'T"])
-def test_words_that_negate_are_counted(word):
-    assert describe_reviews([f"It is, {word}, good"], [5], np.zeros((1, 1, 2)))["negations"].tolist() == [1]
-
-
-@pytest.mark.parametrize("word", ["However", "though", "yet", "despite", "except", "nevertheless", "while", "whereas"])
-def test_words_that_contrast_are_counted(word):
-    assert describe_reviews([f"It is good, {word} long"], [5], np.zeros((1, 1, 2)))["contrasts"].tolist() == [1]
+def test_words_that_negate_or_contrast_are_counted():
+    for words, feature in (
+        ("never nor Neither none cannot hardly isn't WON'T", "negations"),
+        ("However though yet despite except nevertheless while whereas", "contrasts"),
+    ):
+        texts = [f"It is, {word}, good" for word in words.split()]
+        assert describe_reviews(texts, [5] * 8, np.zeros((1, 8, 2)))[feature].tolist() == [1] * 8
 
 
 # --- how much, by group ---
@@ -122,13 +114,9 @@ def test_quartiles_hold_a_quarter_each_and_equal_values_stay_together():
     assert tokens["reviews"].tolist() == [10] * 4
     # Every quartile of these confidences is 99 %: what lies at most there is one group.
     assert table.loc[table["feature"] == "confidence", "reviews"].tolist() == [40]
-
-
-def test_groups_that_print_alike_stay_apart():
-    right = np.ones((1, 8), dtype=bool)
-    table = forgotten_by_group(features_of(8, confidence=np.linspace(0.99999, 1, 8)), right, right)
-    confidence = table[table["feature"] == "confidence"]
-    assert confidence["group"].tolist() == ["100.0–100.0"] * 4
+    alike = forgotten_by_group(features_of(8, confidence=np.linspace(0.99999, 1, 8)), right[:, :8], right[:, :8])
+    confidence = alike[alike["feature"] == "confidence"]
+    assert confidence["group"].tolist() == ["100.0–100.0"] * 4, "groups that print alike stay apart"
     assert confidence["reviews"].tolist() == [2] * 4
 
 
@@ -180,10 +168,10 @@ def test_a_share_of_nothing_or_everything_has_the_interval_of_as_many_reviews():
         (np.ones((2, 3)), np.ones((2, 3))),
     ],
 )
-@pytest.mark.parametrize("function", [forgotten_by_group, associations])
-def test_arrays_that_do_not_fit_are_refused(function, dense, compressed):
-    with pytest.raises(ValueError, match=r"it takes bool arrays \[seeds, n\] and n rows"):
-        function(features_of(3), dense, compressed)
+def test_arrays_that_do_not_fit_are_refused(dense, compressed):
+    for function in (forgotten_by_group, associations):
+        with pytest.raises(ValueError, match=r"must be bool arrays \[seeds, 3\]"):
+            function(features_of(3), dense, compressed)
 
 
 # --- what goes with being forgotten ---
@@ -231,15 +219,11 @@ def test_a_feature_that_decides_what_is_forgotten_has_an_effect_of_one_or_zero()
     table = associations(features, dense, compressed).set_index("feature")
     assert table.loc[["tokens", "confidence"], "effect"].tolist() == [1.0, 0.0]
     assert (table.loc[["tokens", "confidence"], "p_adjusted"] < 0.001).all()
-    # Stars are unknown throughout.
-    assert "stars" not in table.index
-
-
-def test_where_nothing_is_forgotten_there_is_nothing_to_associate():
-    right = np.ones((2, 5), dtype=bool)
-    table = associations(features_of(5), right, right)
-    assert table.empty
-    assert "p_adjusted" in table
+    assert "stars" not in table.index, "unknown throughout"
+    nothing = associations(features, dense, dense)
+    assert nothing.empty and "p_adjusted" in nothing
+    assert forgetting.strongest(nothing).startswith("Too few")
+    assert "with tokens: in 100%" in forgetting.strongest(table.reset_index())
 
 
 def test_half_of_the_seeds_are_not_most_of_them():
@@ -282,13 +266,13 @@ def test_the_most_forgotten_reviews_fell_most_of_those_that_most_seeds_forgot():
 
 def test_a_long_text_keeps_its_ends_in_whole_words():
     words = [f"word{i}" for i in range(200)]
-    short = shorten(" ".join(words), 300)
+    short = shorten(" ".join(words))
     head, tail = short.split(" … ")
     assert 250 < len(short) <= 303
     assert head.split() == words[: len(head.split())]
     assert tail.split() == words[-len(tail.split()) :]
     assert abs(len(head) - len(tail)) < 20
-    assert shorten("as it is", 300) == "as it is"
+    assert shorten("as it is") == "as it is"
 
 
 # --- the language model ---
@@ -329,10 +313,14 @@ def test_a_language_model_comes_back_out_of_the_classifier_that_was_made_of_it(t
         assert torch.equal(found(IDS).logits, model(IDS).logits)
 
 
-def test_the_language_model_shares_no_memory_with_the_classifier(tmp_path):
+def test_the_language_model_has_the_classifiers_weights_and_shares_no_memory_with_it(tmp_path):
     classifier = classifier_of(tiny_language_model(), GPT2ForSequenceClassification, tmp_path)
-    before = {name: value.clone() for name, value in classifier.state_dict().items()}
-    found = as_language_model(classifier)
+    with torch.no_grad():
+        classifier.transformer.h[1].mlp.c_fc.weight[:, ::2] = 0
+    found, before = as_language_model(classifier), copy.deepcopy(classifier.state_dict())
+    with torch.inference_mode():
+        body = classifier.transformer(IDS).last_hidden_state
+        assert torch.allclose(found(IDS).logits, body @ classifier.transformer.wte.weight.T, atol=1e-5)
     found.config.n_layer = 7
     with torch.no_grad():
         for parameter in found.parameters():
@@ -341,24 +329,11 @@ def test_the_language_model_shares_no_memory_with_the_classifier(tmp_path):
     assert classifier.config.n_layer == 2
 
 
-def test_weights_pruned_in_the_classifier_are_pruned_in_the_language_model(tmp_path):
-    classifier = classifier_of(tiny_language_model(), GPT2ForSequenceClassification, tmp_path)
-    with torch.no_grad():
-        classifier.transformer.h[1].mlp.c_fc.weight[:, ::2] = 0
-        classifier.transformer.wte.weight[3] = 0
-    found = as_language_model(classifier)
-    assert (found.transformer.h[1].mlp.c_fc.weight[:, ::2] == 0).all()
-    with torch.inference_mode():
-        body = classifier.transformer(IDS).last_hidden_state
-        assert torch.allclose(found(IDS).logits, body @ classifier.transformer.wte.weight.T, atol=1e-5)
-        assert (found(IDS).logits[..., 3] == 0).all()
-
-
 def test_models_without_a_next_token_head_are_refused(tmp_path):
     with pytest.raises(ModelError, match=r"LlamaForSequenceClassification has no next-token head.*tie_word_embeddings"):
         as_language_model(tiny_llama(LlamaForSequenceClassification, tied=False))
     classifier = classifier_of(tiny_language_model(), GPT2ForSequenceClassification, tmp_path)
-    with pytest.raises(ModelError, match="SparseGPT2ForSequenceClassification is not a model of transformers"):
+    with pytest.raises(ModelError, match=r"must be a model of transformers \(got SparseGPT2For"):
         as_language_model(convert_gpt2_to_sparse(classifier))
 
 
@@ -373,7 +348,8 @@ def test_encoding_puts_end_of_text_in_front_and_nowhere_else(tokenizer, corpus):
     assert tokenizer.decode(second[1:]) == "spells <|endoftext|> and <|pad|>"
 
 
-def test_bits_per_byte_is_the_code_length_over_the_bytes_it_covers(tokenizer, corpus):
+def test_bits_per_byte_is_the_code_length_over_the_bytes_it_covers(tokenizer, corpus, monkeypatch):
+    monkeypatch.setattr(forgetting, "CONTEXT", 12)
     model, texts = tiny_language_model(len(tokenizer)), [*corpus[:3], "ok"]
     bits, size, cut = 0.0, 0, 0
     for text in texts:
@@ -389,14 +365,17 @@ def test_bits_per_byte_is_the_code_length_over_the_bytes_it_covers(tokenizer, co
         # The bytes that the tokens stand for: in byte-level BPE one character of a token is one byte.
         size += sum(len(token) for token in tokenizer.convert_ids_to_tokens(ids[1:]))
     assert 0 < cut < len(texts), "texts beyond the context and within it"
-    assert bits_per_byte(model, tokenizer, texts, context=12) == pytest.approx(bits / size, rel=1e-5)
+    assert bits_per_byte(model, tokenizer, texts) == pytest.approx(bits / size, rel=1e-5)
 
 
-def test_a_text_is_read_as_far_as_the_model_has_positions(tokenizer, corpus):
+def test_a_text_is_read_as_far_as_the_model_has_positions(tokenizer, corpus, monkeypatch):
     model, text = tiny_language_model(len(tokenizer)), " ".join(corpus[:5])
     assert len(tokenizer(text)["input_ids"]) > 64
-    assert bits_per_byte(model, tokenizer, [text]) == bits_per_byte(model, tokenizer, [text], context=64)
-    assert bits_per_byte(model, tokenizer, [text]) != bits_per_byte(model, tokenizer, [text], context=63)
+    bits = [bits_per_byte(model, tokenizer, [text])]  # of at most 512 tokens
+    for context in (64, 63):
+        monkeypatch.setattr(forgetting, "CONTEXT", context)
+        bits.append(bits_per_byte(model, tokenizer, [text]))
+    assert bits[0] == bits[1] != bits[2]
 
 
 # --- another domain ---
@@ -422,9 +401,6 @@ def test_texts_of_another_domain_do_not_depend_on_the_order_in_which_python_keep
     expected = other_domain_texts(20)
     monkeypatch.setattr(forgetting, "topics", dict(reversed(forgetting.topics.items())))
     assert other_domain_texts(20) == expected
-
-
-@pytest.mark.parametrize("count", [0, 100_000])
-def test_more_texts_than_there_are_is_an_error(count):
-    with pytest.raises(ValueError, match=f"count is {count}: it takes 1 to"):
-        other_domain_texts(count)
+    for count in (0, 100_000):
+        with pytest.raises(ValueError, match=rf"count must be from 1 to \d+ \(got {count}\)"):
+            other_domain_texts(count)
