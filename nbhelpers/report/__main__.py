@@ -16,15 +16,16 @@ from nbhelpers.workspace import WorkspaceError, open_run
 
 
 def main() -> None:
+    """Run the command line; errors end it with one line."""
     parser = argparse.ArgumentParser(prog="python -m nbhelpers.report", description="Write the report or the README.")
-    parser.add_argument("what", choices=["page", "readme"])
+    parser.add_argument("document", choices=["page", "readme"])
     parser.add_argument("--profile")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
-        profile = options.profile or (leading_profile() if options.what == "readme" else "quick")
+        profile = options.profile or (leading_profile() if options.document == "readme" else "quick")
         run = open_run(get_profile(profile), options.seed)
-        if options.what == "page":
+        if options.document == "page":
             write_index(run)
         else:
             write_readme(run)

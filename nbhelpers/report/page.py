@@ -1,6 +1,6 @@
-"""The report's page: all that a run has shown, in one file that needs no network, ``reports/<profile>/index.html``.
+"""The report's page: all results of a run in one file that needs no network, ``reports/<profile>/index.html``.
 
-Its template is page.html, with picture.html, page.css and page.js beside it. Everything reads without the script.
+Its template is templates/page.html, with picture.html, page.css and page.js. Everything can be read without the script.
 """
 
 import base64
@@ -27,12 +27,11 @@ from nbhelpers.report.words import (
     LEADING,
     LEGEND,
     all_numbers,
-    columns_of,
+    comparison_cells,
     context,
     facts,
     finding,
     gains,
-    has_comparison,
     headline,
     percent,
     seeds_of,
@@ -45,7 +44,7 @@ TITLE = "What can a language model live without?"
 
 
 def cards(results: dict) -> list[dict]:
-    """The headline's models: name, look, accuracy, interval, gains, and places in % on a scale that all share."""
+    """Return the headline's models: name, look, accuracy, interval, gains, and places in % on a shared scale."""
     found = results.get("comparison", {})
     shown = {name: found[key] for key, name in LEADING.items() if key in found}
     if not shown or "dense" not in found:
@@ -72,39 +71,23 @@ def cards(results: dict) -> list[dict]:
 
 
 def comparison(run: Run, results: dict) -> dict:
-    """What the page shows of the comparison: headings, models with their cells and looks, and the picture.
-
-    Empty before notebook 06 has run.
-    """
-    if not has_comparison(run):
+    """Return headings, models with their cells and looks, and the picture; empty before notebook 06 has run."""
+    header, rows = comparison_cells(run)
+    if not rows:
         return {"header": [], "models": [], "picture": None}
-    table = run.load_table("comparison")
-    columns = columns_of(table)
-    models = []
-    for row in table.to_dict("records"):
-        name, *cells = (cell(row) for *_, cell in columns)
-        values = ["" if pd.isna(row[key]) else row[key] for _, key, _ in columns[1:]]
-        models.append({"name": name, "look": look(row["model"]), "cells": list(zip(cells, values, strict=True))})
+    models = [{"name": name, "look": look(model), "cells": cells} for (name, model), *cells in rows]
     tfidf = results.get("comparison", {}).get("tfidf")
     lines = {f"TF-IDF {percent(tfidf['accuracy'])}": tfidf["accuracy"]} if tfidf else {}
-    return {"header": [heading for heading, *_ in columns], "models": models, "picture": draw(table, lines)}
+    return {"header": header, "models": models, "picture": draw(run.load_table("comparison"), lines)}
 
 
-def for_script(header: list[str], models: list[dict]) -> list[dict]:
-    """What the page's script shows of a model: its name, and its numbers as [heading, text]."""
-    return [
-        {"name": model["name"], "numbers": list(zip(header[1:], (text for text, _ in model["cells"]), strict=True))}
-        for model in models
-    ]
+# --- the page ---
 
-
-# --- the rest of the page ---
-
-markdown = mistune.create_markdown()  # of texts that hold no HTML: what looks like it is escaped
+markdown = mistune.create_markdown()  # escapes what looks like HTML
 
 
 def figure(run: Run, name: str, caption: str) -> dict[str, str | int]:
-    """A figure as the page embeds it: caption as text and as HTML, bytes in base 64, width and height in pixels."""
+    """Return a figure for the page: caption as text and as HTML, bytes in base 64, width and height in pixels."""
     data = (run.reports / "figures" / f"{name}.png").read_bytes()
     width, height = struct.unpack(">II", data[16:24])
     return {
@@ -119,7 +102,7 @@ def figure(run: Run, name: str, caption: str) -> dict[str, str | int]:
 
 
 def chapter(run: Run, stage: Stage, captions: dict[str, str]) -> dict:
-    """What the page shows of a stage: its question, its notebook and its figures in the order of their captions."""
+    """Return a stage for the page: its question, its notebook and its figures in the order of their captions."""
     names = {path.stem for path in promised_files(run, stage) if path.suffix == ".png" and path.is_file()}
     order = [name for name in captions if name in names] + sorted(names - captions.keys())
     notebook = f"notebooks/{stage.name}.html"
@@ -137,12 +120,12 @@ def read_template(name: str) -> str:
 
 
 def allowed(text: str) -> str:
-    """The source by which a Content-Security-Policy lets this very style or script run, and no other."""
+    """Return the source by which a Content-Security-Policy allows exactly this style or script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def template() -> jinja2.Template:
-    """page.html, in which every text is escaped, also inside JSON, and a name that is not given is an error."""
+    """Return page.html, in which every text is escaped, and a missing name is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES, encoding="utf-8"),
         autoescape=True,
@@ -150,16 +133,14 @@ def template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
     return environment.get_template("page.html")
 
 
 def write_index(run: Run, stages: dict[str, Stage] | None = None) -> Path:
-    """Write ``index.html`` of a run from what it has recorded so far."""
+    """Write ``index.html`` of a run from what it has recorded so far, and return its path."""
     results = run.results()
     chapters = [chapter(run, stage, results.get("captions", {})) for stage in in_order(stages or STAGES)]
     css, script = read_template("page.css"), read_template("page.js")
-    compared = comparison(run, results)
     text = template().render(
         title=TITLE,
         profile=run.profile.name,
@@ -175,8 +156,7 @@ def write_index(run: Run, stages: dict[str, Stage] | None = None) -> Path:
         chapters=[c for c in chapters if c["figures"] or c["notebook"]],
         sections=all_numbers(results),
         facts=facts(run, results.get("run", {})),
-        data=for_script(compared["header"], compared["models"]),
-        **compared,
+        **comparison(run, results),
     )
     write_text(run.reports / "index.html", text)
     return run.reports / "index.html"
@@ -186,11 +166,11 @@ def write_index(run: Run, stages: dict[str, Stage] | None = None) -> Path:
 
 
 def formula_image(match: re.Match) -> str:
-    """A displayed formula as an embedded SVG, so that the page needs no network; left as it is where it cannot be."""
+    """Return a displayed formula as an embedded SVG, which needs no network, or unchanged where that fails."""
     source = match[1].strip()
     image = io.BytesIO()
     try:
-        # Once the page has brought in nbhelpers.plots, its style is set, and would put a margin around a formula.
+        # Without the style of the figures, which would put a margin around a formula.
         with matplotlib.style.context("default"):
             mathtext.math_to_image(f"${source}$", image, prop=FontProperties(size=15), format="svg")
     except ValueError:
@@ -214,7 +194,7 @@ for (const cell of document.querySelectorAll(".celltag_solution")) {
 
 
 def notebook_html(notebook, title: str) -> str:
-    """An executed notebook as one HTML file with everything embedded, its solutions folded."""
+    """Return an executed notebook as one HTML file with everything embedded, its solutions folded."""
     shown = notebook.copy()
     shown.cells = [cell.copy() for cell in notebook.cells]
     for cell in shown.cells:
@@ -225,6 +205,8 @@ def notebook_html(notebook, title: str) -> str:
     before, end = text.rsplit("</body>", 1)
     return f"{before}{FOLD_SOLUTIONS}</body>{end}"
 
+
+# --- the picture of accuracy and cost ---
 
 # Outlines of the figures' markers around (0, 0), of about the same area.
 OUTLINES = {
@@ -240,7 +222,7 @@ OUTLINES = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What the horizontal axis may show: a column of the comparison, divided by ``unit``."""
+    """A choice for the horizontal axis: a column of the comparison, divided by ``unit``."""
 
     key: str
     column: str
@@ -258,7 +240,7 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Frame:
-    """Width and height of a drawing, the edges of its axes, and how far apart marks have to stand, all in pixels."""
+    """Width and height of a drawing, the edges of its axes, and the least distance of two marks, all in pixels."""
 
     name: str
     width: int
@@ -267,7 +249,7 @@ class Frame:
     right: int
     top: int
     bottom: int
-    apart: float
+    gap: float
 
 
 # Two, so that a phone shows no shrunken text.
@@ -275,67 +257,34 @@ FRAMES = (Frame("wide", 780, 500, 52, 764, 34, 444, 11.5), Frame("narrow", 360, 
 
 
 def look(model: str) -> dict[str, str]:
-    """The outline and the colour of a model's mark, those that the figures give it."""
-    kind = next((kind for kind in style.MARKERS if kind in model), "dense")
-    return {"outline": OUTLINES[style.MARKERS[kind]], "color": style.color(model)}
-
-
-def side_by_side(places: list[float], apart: float, low: float, high: float) -> list[float]:
-    """Places moved as little as needed to stand ``apart`` from each other, or closer where all would not fit."""
-    apart = min(apart, (high - low) / max(1, len(places) - 1))
-
-    def span(group: list[int]) -> tuple[float, float]:
-        half = apart * (len(group) - 1) / 2
-        centre = sum(places[i] for i in group) / len(group)
-        centre = min(max(centre, low + half), high - half)
-        return centre - half, centre + half
-
-    groups: list[list[int]] = []
-    for i in sorted(range(len(places)), key=places.__getitem__):
-        groups.append([i])
-        # Within rounding, so that groups that just fill the axis do not count as too near.
-        while len(groups) > 1 and span(groups[-1])[0] - span(groups[-2])[1] < apart - 1e-9:
-            last = groups.pop()
-            groups[-1] += last
-    moved = {i: span(group)[0] + apart * n for group in groups for n, i in enumerate(group)}
-    return [round(moved[i], 1) for i in range(len(places))]
+    """Return the outline and the colour of a model's mark, the same as in the figures."""
+    mark = style.mark(model)
+    return {"outline": OUTLINES[mark["marker"]], "color": mark["color"]}
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers from ``low`` to ``high``, about ``count`` of them."""
+    """Return about ``count`` round numbers from ``low`` to ``high``."""
     values = MaxNLocator(count, steps=[1, 2, 5, 10]).tick_values(low, high)
     return [float(value) for value in values if low <= value <= high]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten from ``low`` to ``high``; where that is hardly any, round numbers."""
+    """Return 1, 2 and 5 times the powers of ten from ``low`` to ``high``, or round numbers where these are too few."""
     values = LogLocator(subs=(1, 2, 5), numticks=10).tick_values(low, high)
     within = [float(value) for value in values if low <= value <= high]
     return within if len(within) > 2 else ticks(low, high, 4)
 
 
-def draw(table: pd.DataFrame, lines: dict[str, float]) -> dict | None:
-    """Axes, ticks, lines and marks of the picture in pixels, for each of ``FRAMES``.
+def draw(table: pd.DataFrame, lines: dict[str, float]) -> dict:
+    """Return axes, ticks, lines and marks of the picture in pixels, for each of ``FRAMES``.
 
-    table: comparison, of which ``COSTS`` that are no column are left out; lines: accuracies to draw across, by label.
-    None where there is no cost at all. Raises ``ValueError`` for a number that is missing or infinite, or no cost.
+    table: the comparison; lines: accuracies to draw across, by label.
     """
-    costs = [cost for cost in COSTS if cost.column in table]
-    if not costs:
-        return None
-    used = table[["accuracy", "accuracy_low", "accuracy_high", *(cost.column for cost in costs)]]
-    if not all(map(math.isfinite, used.to_numpy(dtype=float).ravel())):
-        raise ValueError("the comparison has accuracies or costs that are missing or infinite")
-    if not (used[[cost.column for cost in costs]] > 0).all(axis=None):
-        raise ValueError("the comparison has costs that are not above zero")
-    return {
-        "costs": costs,
-        "frames": [{"frame": frame, **drawing(table, costs, frame, lines)} for frame in FRAMES],
-    }
+    return {"costs": COSTS, "frames": [{"frame": frame, **drawing(table, frame, lines)} for frame in FRAMES]}
 
 
-def drawing(table: pd.DataFrame, costs: list[Cost], frame: Frame, lines: dict[str, float]) -> dict:
-    """What one frame shows: vertical ticks and lines [(y, text)], an axis a cost, and the marks by cost."""
+def drawing(table: pd.DataFrame, frame: Frame, lines: dict[str, float]) -> dict:
+    """Return one frame: vertical ticks and lines [(y, text)], one axis per cost, and the marks by cost."""
     low = min([table["accuracy_low"].min(), *lines.values()])
     high = max([table["accuracy_high"].max(), *lines.values()])
 
@@ -344,7 +293,7 @@ def drawing(table: pd.DataFrame, costs: list[Cost], frame: Frame, lines: dict[st
         return round(frame.bottom - 8 - share * (frame.bottom - frame.top - 24), 1)
 
     axes, places = [], {}
-    for cost in costs:
+    for cost in COSTS:
         values = table[cost.column] / cost.unit
         left, right = values.min() / 1.3, values.max() * 1.3
         scale = (frame.right - frame.left) / math.log(right / left)
@@ -353,11 +302,11 @@ def drawing(table: pd.DataFrame, costs: list[Cost], frame: Frame, lines: dict[st
             return frame.left + scale * math.log(value / left)
 
         axes.append({"cost": cost, "ticks": [(round(x(value), 1), f"{value:g}") for value in log_ticks(left, right)]})
-        exact = [x(value) for value in values]
-        places[cost.key] = side_by_side(exact, frame.apart, frame.left + 6, frame.right - 6)
+        moved = style.keep_apart([x(value) for value in values], frame.gap, frame.left + 6, frame.right - 6)
+        places[cost.key] = [round(place, 1) for place in moved]
     marks = [
         {
-            "x": {cost.key: places[cost.key][i] for cost in costs},
+            "x": {cost.key: places[cost.key][i] for cost in COSTS},
             "y": y(row["accuracy"]),
             "top": round(y(row["accuracy_high"]) - y(row["accuracy"]), 1),
             "bottom": round(y(row["accuracy_low"]) - y(row["accuracy"]), 1),

@@ -1,4 +1,4 @@
-"""The generated parts of the README, between its markers: the results, and what commands of their own have measured."""
+"""The generated parts of the README, between its markers: the results, and the measurements of ``nbhelpers.tools``."""
 
 from pathlib import Path
 
@@ -36,16 +36,14 @@ README_FRONT, README_FIGURES = "06_accuracy_latency", ("03_recovered", "06_rival
 IN_SHORT = ("model", "accuracy", "sparsity", "file, MB", "speed-up", "p")
 
 
-# --- the README ---
-
-
 def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a table in Markdown; all columns but the first are numbers."""
+    """Return the lines of a table in Markdown; all columns but the first are numbers."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def made_with(run: Run, results: dict) -> str:
+    """Return profile, seeds, size and computing time of a run, and the devices that it ran on."""
     parameters = results["fine_tuning"]["total_parameters"]
     made = f"profile `{run.profile.name}`, {seeds_of(run)}, a model of {millions(parameters)}M parameters"
     made += f", {results['run']['versions']['device']}"
@@ -59,8 +57,8 @@ def made_with(run: Run, results: dict) -> str:
     return f"{made}, on which all times were measured; of one process's computing {' and '.join(parts)}"
 
 
-def pictured(run: Run, name: str) -> list[str]:
-    """A figure and its reading in Markdown. Raises ``WorkspaceError`` where it is missing."""
+def figure_lines(run: Run, name: str) -> list[str]:
+    """Return a figure and its caption in Markdown. Raises ``WorkspaceError`` where it is missing."""
     path = run.reports / "figures" / f"{name}.png"
     if not path.is_file():
         raise WorkspaceError(f"{path} is missing: run notebook {name[:2]}")
@@ -69,65 +67,71 @@ def pictured(run: Run, name: str) -> list[str]:
 
 
 def front_block(run: Run) -> str:
-    """What the README begins with: the headline and one picture. Raises ``WorkspaceError`` before notebook 06."""
-    said = headline(run.results())
-    if not said:
+    """Return the headline and one figure. Raises ``WorkspaceError`` before notebook 06."""
+    text = headline(run.results())
+    if not text:
         raise WorkspaceError(f"{run.reports} has no comparison: run notebook 06")
-    return "\n".join([said, "", *pictured(run, README_FRONT)]).strip()
+    return "\n".join([text, "", *figure_lines(run, README_FRONT)]).strip()
+
+
+def comparison_table(run: Run, headings: tuple[str, ...] = ()) -> list[str]:
+    """Return the lines of the comparison as a table, of all columns or of some; none before notebook 06 has run."""
+    header, rows = comparison_cells(run, headings)
+    return markdown_table(header, [[text for text, _ in row] for row in rows]) if rows else []
 
 
 def readme_block(run: Run) -> str:
-    """The README's results. Raises ``WorkspaceError`` when the run lacks something that they show."""
-    header, rows = comparison_cells(run)
+    """Return the README's results. Raises ``WorkspaceError`` when the run lacks something that they show."""
+    table = comparison_table(run)
     results = run.results()
-    if not rows or not finding(results):
+    if not table or not finding(results):
         raise WorkspaceError(f"{run.reports} has no comparison or no finding: run notebook 06")
     lines = ["### The finding", "", finding(results), ""]
     for name in README_FIGURES:
-        lines += pictured(run, name)
-    lines += ["### Every model, side by side", "", *markdown_table(header, rows), ""]
+        lines += figure_lines(run, name)
+    lines += ["### Every model, side by side", "", *table, ""]
     lines.append(f"{LEGEND} Models of the first seed; {made_with(run, results)}.")
     return "\n".join(lines + default_run(run))
 
 
 def default_run(leader: Run) -> list[str]:
-    """What the default run shows, in short, where another run leads and the default has been compared too."""
+    """Return the results of the default run in short, where another run leads and the default has results too."""
     run = open_run(get_profile("quick"))
-    header, rows = comparison_cells(run, IN_SHORT)
-    if leader.profile.name == "quick" or not rows:
+    table = comparison_table(run, IN_SHORT)
+    if leader.profile.name == "quick" or not table:
         return []
     about = f"The default run, {made_with(run, run.results())}, on your machine in minutes:"
-    return ["", "### The default run", "", about, "", *markdown_table(header, rows)]
+    return ["", "### The default run", "", about, "", *table]
 
 
 def leading_profile() -> str:
-    """The profile that the README leads with: thorough where its report has a finding, and otherwise quick."""
+    """Return the profile that the README leads with: thorough where its report has a finding, and otherwise quick."""
     return "thorough" if reference() else "quick"
 
 
 def measured_table(path: Path) -> pd.DataFrame:
-    """A table that a command of its own has left in reports. Raises ``WorkspaceError`` where it is missing."""
+    """Return a table that ``nbhelpers.tools`` has left in reports. Raises ``WorkspaceError`` where it is missing."""
     if not path.is_file():
         raise WorkspaceError(f"{path} is missing: see the README on how it is measured")
     return pd.read_csv(path)
 
 
 def trainer_line(part: pd.DataFrame) -> str:
-    """What was measured of training and prediction of one shape, against ``transformers.Trainer``."""
-    about, said = part.iloc[0], []
+    """Return the speed of training and prediction of one shape, compared with ``transformers.Trainer``."""
+    about, comparisons = part.iloc[0], []
     step = about["seconds"] * about["batch_size"] / about["reviews"]
     for row in part[part["name"] != "ours"].to_dict("records"):
         task = {"train": "training", "predict": "prediction"}[row["task"]]
-        range_ = f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
-        said.append(f"{task} takes `{row['name']}` {row['speedup']:.2f} times as long ({range_})")
+        quartiles = f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
+        comparisons.append(f"{task} takes `{row['name']}` {row['speedup']:.2f} times as long ({quartiles})")
     return (
         f"- `{about['shape']}`, {about['reviews']} reviews of at most {about['length']} tokens, batches of "
-        f"{about['batch_size']}, {about['precision']}: {step:.2g} s a step; {'; '.join(said)}."
+        f"{about['batch_size']}, {about['precision']}: {step:.2g} s a step; {'; '.join(comparisons)}."
     )
 
 
 def selection_line(table: pd.DataFrame) -> str:
-    """What was measured of scores, thresholds and masks, against ``torch.nn.utils.prune``."""
+    """Return the cost of scores, thresholds and masks, compared with ``torch.nn.utils.prune``."""
     ours, other, merge = (table.set_index("engine").loc[name] for name in ("ours", "torch", "merge"))
 
     def cost(row) -> str:
@@ -141,7 +145,7 @@ def selection_line(table: pd.DataFrame) -> str:
 
 
 def full_size_block() -> str:
-    """What a run of every stage at the size of GPT-2 took, and what was measured against other tools, in words."""
+    """Return the memory of every stage at the size of GPT-2, and the comparisons with other tools."""
     names = ("full_size", "training", "selection")
     stages, training, selection = (measured_table(BENCHMARK / f"{name}.csv") for name in names)
     rows = [
@@ -156,20 +160,20 @@ def full_size_block() -> str:
 
 
 def best_trial_line(trials: pd.DataFrame, start: str) -> str:
-    """The best settings of a start, in words, and how much the trials differ."""
+    """Return the best settings of a start, and how much the trials differ."""
     rows = trials[trials["start"] == start]
     accuracy = rows["accuracy"]
     best = rows.loc[accuracy.idxmax()]  # of equals the first, as ``search.best_settings`` takes it
-    said = f"learning rate {best['learning_rate']:g}, {best['epochs']} epochs, dropout {best['dropout']:g}"
-    said += f", layer decay {best['layer_decay']:g}, {best['prefix_share']:.0%} of the loss on the way"
+    settings = f"learning rate {best['learning_rate']:g}, {best['epochs']} epochs, dropout {best['dropout']:g}"
+    settings += f", layer decay {best['layer_decay']:g}, {best['prefix_share']:.0%} of the loss on the way"
     return (
-        f"- {start.replace('_', ' ')}: {interval(best)} on validation with {said}; median of the trials "
+        f"- {start.replace('_', ' ')}: {interval(best)} on validation with {settings}; median of the trials "
         f"{100 * accuracy.median():.1f} %, worst {100 * accuracy.min():.1f} %."
     )
 
 
 def labels_block() -> str:
-    """What pre-training is worth at how many labels, and the best trials, in words and a figure."""
+    """Return accuracy by number of labels with and without pre-training, and the best trials."""
     labels = measured_table(SETTINGS / "labels.csv")
     header = ["labels", "model", "test accuracy", "to TF-IDF", "minutes"]
     rows = [
@@ -177,7 +181,7 @@ def labels_block() -> str:
             f"{row['labels']:,}",
             label(row["model"]),
             interval(row),
-            "" if row["model"] == "tfidf" else in_points(found_of(row), p_equals(row["p_value"])),
+            "" if row["model"] == "tfidf" else in_points(difference_of(row), p_equals(row["p_value"])),
             "" if pd.isna(row["minutes"]) else f"{row['minutes']:.{0 if row['minutes'] >= 10 else 1}f}",
         ]
         for row in labels.to_dict("records")
@@ -190,20 +194,20 @@ def labels_block() -> str:
         lines += ["![Test accuracy over the number of labelled reviews.](reports/settings/labels.png)", ""]
     for path in sorted({*SETTINGS.glob("*.csv")} - {SETTINGS / "labels.csv"}):
         trials = pd.read_csv(path)
-        one = trials.iloc[0]
-        about = f"The trials of `{path.stem}`: {trials['trial'].nunique()} of each start, {one['labels']:,} labels, "
-        about += f"at most {one['max_tokens']} tokens, judged on {one['n']:,} validation reviews."
+        first = trials.iloc[0]
+        about = f"The trials of `{path.stem}`: {trials['trial'].nunique()} of each start, {first['labels']:,} labels, "
+        about += f"at most {first['max_tokens']} tokens, judged on {first['n']:,} validation reviews."
         lines += [about, "", *(best_trial_line(trials, start) for start in trials["start"].unique())]
     return "\n".join(lines)
 
 
-def found_of(row: dict) -> dict:
-    """The difference of a row of ``labels.csv``, with the keys of ``evaluation.paired_difference``."""
+def difference_of(row: dict) -> dict:
+    """Return the difference of a row of ``labels.csv``, with the keys of ``evaluation.paired_difference``."""
     return {"difference": row["difference"], "low": row["difference_low"], "high": row["difference_high"]}
 
 
 def write_between(path: Path, blocks: dict[tuple[str, str], str]) -> None:
-    """Put blocks between the marker lines of a file, all or none. Raises ``WorkspaceError`` when it lacks a marker."""
+    """Write blocks between the markers of a file, all or none. Raises ``WorkspaceError`` when it lacks a marker."""
     text = path.read_text(encoding="utf-8")
     for (start, end), block in blocks.items():
         if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
@@ -213,10 +217,10 @@ def write_between(path: Path, blocks: dict[tuple[str, str], str]) -> None:
 
 
 def write_readme(run: Run, path: Path = README) -> None:
-    """Write what a run has shown into the README. Raises ``WorkspaceError`` when one of the two lacks something."""
+    """Write the results of a run into the README. Raises ``WorkspaceError`` when one of the two lacks something."""
     write_between(path, {FRONT: front_block(run), RESULTS: readme_block(run)})
 
 
 def write_measured(path: Path = README) -> None:
-    """Write what commands of their own have measured into the README. Raises ``WorkspaceError`` where it is missing."""
+    """Write the measurements of ``nbhelpers.tools`` into the README. Raises ``WorkspaceError`` where one is missing."""
     write_between(path, {MEASURED: full_size_block(), LABELS: labels_block()})

@@ -1,10 +1,10 @@
 """What all figures have in common: colours, markers, titles that state a finding, names beside their lines."""
 
-import itertools
 import re
 import textwrap
 
 import matplotlib.pyplot as plt
+import numpy as np
 import seaborn as sns
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from nbhelpers.workspace import Run
 
-# Okabe and Ito's palette, told apart by colour-blind readers and by their grey.
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLORS = {
     "magnitude": "#0072B2",
     "movement": "#E69F00",
@@ -65,8 +65,19 @@ plt.rcParams |= {
 }
 
 
+ALIASES = {
+    "numba": "sparse",
+    "fine": "dense",
+    "extra": "control",
+    "tf-idf": "baseline",
+    "tfidf": "baseline",
+    "chance": "baseline",
+    "untrained": "baseline",
+}
+
+
 def finding_of(reading: str) -> str:
-    """The first sentence of what is said of a figure, or its first half where a semicolon ends that."""
+    """Return the first sentence of a caption, or its first half where a semicolon ends that, as a title."""
     first = re.split(r"(?<=[\w%)`])[.;](?:\s|$)", reading.strip(), maxsplit=1)[0].replace("`", "")
     return first[:1].upper() + first[1:]
 
@@ -80,14 +91,14 @@ def head(figure: Figure, title: str) -> None:
 
 
 def describe(figure: Figure, text: str) -> None:
-    """Say under a figure of several panels what all of them show."""
+    """Write under a figure of several panels what they have in common."""
     figure.supxlabel(text, x=0.01, ha="left", fontsize="small", color=COLORS["control"])
 
 
 def show(run: Run, name: str, figure: Figure, reading: str) -> None:
-    """Save a figure under the finding that it shows, show it, and under it the text that reads it.
+    """Save a figure with its finding as its title, display it, and display its caption below it.
 
-    reading: its first sentence is the finding and becomes the figure's title; all of it goes to the report.
+    reading: the caption, which goes to the report; its first sentence is the finding.
     """
     head(figure, finding_of(reading))
     run.save_figure(name, figure)
@@ -98,86 +109,94 @@ def show(run: Run, name: str, figure: Figure, reading: str) -> None:
 
 
 def color(name: str, unknown: str | None = COLORS["dense"]) -> str | None:
-    """The colour of a criterion, a model, a stage or an engine: by the first known word in its name."""
+    """Return the colour of a criterion, a model, a stage or an engine, found by the first known word of its name."""
     if name in COLORS:
         return COLORS[name]
-    words = name.replace("_", " ").split()
-    aliases = {
-        "numba": "sparse",
-        "fine": "dense",
-        "extra": "control",
-        "tf-idf": "baseline",
-        "tfidf": "baseline",
-        "chance": "baseline",
-        "untrained": "baseline",
-    }
-    if "extra" in words:
+    words = name.lower().replace("_", " ").split()
+    if "extra" in words:  # fine_tuned_extra is the control, not the dense model
         return COLORS["control"]
-    for word in words:
-        word = aliases.get(word.lower(), word.lower())
-        if word in COLORS:
-            return COLORS[word]
-    return unknown
+    known = [word for word in (ALIASES.get(word, word) for word in words) if word in COLORS]
+    return COLORS[known[0]] if known else unknown
+
+
+def mark(model: str) -> dict[str, str]:
+    """Return the marker and the colour of a model."""
+    kind = next((kind for kind in MARKERS if kind in model), "dense")
+    return {"marker": MARKERS[kind], "color": color(model)}
 
 
 def label(name: str) -> str:
-    """A model's or criterion's name as a reader would write it."""
+    """Return the name of a model or criterion as it is written in prose."""
     return name.replace("_", " ").replace("tfidf", "TF-IDF")
 
 
 def axes(columns: int = 1, rows: int = 1, width: float = 6.4, height: float = 3.6, **options):
-    """A figure and its axes as an array [columns], or [rows, columns]."""
+    """Return a figure and its axes as an array [columns], or [rows, columns]."""
     figure, grid = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
     return figure, grid[0] if rows == 1 else grid
 
 
 def in_percent(axis) -> None:
-    """Label the ticks of an axis, whose values are shares, in percent: as exactly as they are."""
+    """Label the ticks of an axis, whose values are shares, in percent."""
     axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g}%"))
 
 
 def plain_numbers(axis, steps: tuple = (1, 2, 5)) -> None:
-    """Ticks of a log axis at these multiples of the powers of ten, written as plain numbers."""
+    """Put the ticks of a log axis at these multiples of the powers of ten, written as plain numbers."""
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
 def note(ax, x: float, value: float, text: str, ha: str = "left") -> None:
-    """A small text on a horizontal line at ``value``; x is a share of the axis."""
+    """Write a small text on a horizontal line at ``value``; x is a share of the axis."""
     ax.text(x, value, text, transform=ax.get_yaxis_transform(), va="bottom", ha=ha, fontsize="small")
 
 
-def spread(heights: list[float], gap: float) -> list[float]:
-    """Heights moved as little as it takes for neighbours to be ``gap`` apart, within 0 and 1 where there is room."""
-    order = sorted(range(len(heights)), key=heights.__getitem__)
-    found = list(heights)
-    for below, above in itertools.pairwise(order):
-        found[above] = max(found[above], found[below] + gap)
-    if order and found[order[-1]] > 1:
-        found[order[-1]] = max(1.0, heights[order[-1]])
-        for above, below in itertools.pairwise(reversed(order)):
-            found[below] = min(found[below], found[above] - gap)
-    return found
+def legend_beside(ax) -> None:
+    """Draw the legend to the right of the axes."""
+    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def name_lines(ax, unit: float = 12.5) -> None:
-    """Write the name of each labelled line of an axes beside its last point, instead of a legend.
+def keep_apart(places: list[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
+    """Return places moved as little as needed to be ``gap`` apart from low to high, or closer where room is short."""
+    gap = min(gap, (high - low) / max(1, len(places) - 1))
 
-    unit: points of height that a name takes. Call it when the axes' limits are final.
-    """
+    def span(group: list[int]) -> tuple[float, float]:
+        half = gap * (len(group) - 1) / 2
+        centre = sum(places[i] for i in group) / len(group)
+        centre = min(max(centre, low + half), high - half)
+        return centre - half, centre + half
+
+    groups: list[list[int]] = []
+    for i in sorted(range(len(places)), key=places.__getitem__):
+        groups.append([i])
+        # Within rounding, so that groups that just fill the axis do not count as too near.
+        while len(groups) > 1 and span(groups[-1])[0] - span(groups[-2])[1] < gap - 1e-9:
+            last = groups.pop()
+            groups[-1] += last
+    moved = {i: span(group)[0] + gap * n for group in groups for n, i in enumerate(group)}
+    return [moved[i] for i in range(len(places))]
+
+
+def in_axes(ax, points, text_height: float) -> tuple[np.ndarray, float]:
+    """Return data points [n, 2] as shares of the axes, and a height in points as a share of theirs."""
+    ax.autoscale_view()  # otherwise the limits are found when the figure is drawn
+    places = (ax.transData + ax.transAxes.inverted()).transform(points)
+    return places, text_height / (72 * ax.bbox.height / ax.figure.dpi)
+
+
+def name_lines(ax) -> None:
+    """Write the name of each labelled line beside its last point. Call it when the limits of the axes are final."""
     named = [line for line in ax.get_lines() if not line.get_label().startswith("_") and len(line.get_xdata())]
     ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in named]
-    ax.autoscale_view()  # otherwise the limits are found when the figure is drawn
-    to_axes = ax.transData + ax.transAxes.inverted()
-    heights = [to_axes.transform(end)[1] for end in ends]
-    gap = unit / (72 * ax.bbox.height / ax.figure.dpi)
-    for line, end, place in zip(named, ends, spread(heights, gap), strict=True):
+    places, gap = in_axes(ax, ends, 12.5)
+    for line, end, height in zip(named, ends, keep_apart(places[:, 1].tolist(), gap), strict=True):
         shade = line.get_color()
         ax.annotate(
             line.get_label(),
             end,
-            (1.02, place),
+            (1.02, height),
             textcoords="axes fraction",
             va="center",
             fontsize="small",
@@ -185,3 +204,14 @@ def name_lines(ax, unit: float = 12.5) -> None:
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": shade, "alpha": 0.4, "linewidth": 0.8, "shrinkB": 4},
         )
+
+
+def number_marks(ax, points: np.ndarray) -> None:
+    """Write 1, 2, ... beside the marks at ``points`` [n, 2], so that no two numbers hide each other."""
+    places, gap = in_axes(ax, points, 9)
+    by_x = np.argsort(places[:, 0], kind="stable")
+    # Marks that stand one above the other share a column of numbers.
+    for column in np.split(by_x, np.flatnonzero(np.diff(places[by_x, 0]) > 0.03) + 1):
+        for i, height in zip(column, keep_apart(places[column, 1].tolist(), gap), strict=True):
+            look = {"fontsize": 8, "va": "center", "color": ax.containers[i].lines[0].get_color()}
+            ax.text(places[i, 0] + 0.012, height, str(i + 1), transform=ax.transAxes, **look)

@@ -6,39 +6,38 @@ import pandas as pd
 
 from nbhelpers.profiles import get_profile
 from nbhelpers.report.chapters import STAGES
+from nbhelpers.report.style import label
 from nbhelpers.workspace import Run, open_run
 
 
 def points(found: dict) -> str:
-    """A paired difference in words: ``"+0.4 points (-0.5 to +1.3, p = 0.4)"``, p adjusted for the number of tests."""
+    """Return a paired difference as ``"+0.4 points (-0.5 to +1.3, p = 0.4)"``, p adjusted for the number of tests."""
     p = "p < 0.001" if found["p_adjusted"] < 0.001 else f"p = {found['p_adjusted']:.2g}"
     return in_points(found, p)
 
 
 def verdict(found: dict) -> str:
-    """Whether a paired difference is beyond chance, in words."""
+    """Return in words if a paired difference is statistically significant."""
     if found["p_adjusted"] >= 0.05:
         return "not distinguishable from none"
     return "better beyond chance" if found["difference"] > 0 else "worse beyond chance"
 
 
 def finding_text(found: dict) -> str:
-    """The finding on one page, in Markdown."""
+    """Return the finding on one page, in Markdown."""
     share, recovery, dense = f"{found['sparsity']:.0%}", found["recovery"], found["dense"]["accuracy"]
     small = found["compressed"]
     layers = "1 layer left" if small["layers"] == 1 else f"{small['layers']} layers left"
-    names = ("best", "own", "single", "comparator_name")
-    best, own, single, comparator = (found[key].replace("_", " ") for key in names)
+    best, own, single, comparator = (label(found[key]) for key in ("best", "own", "single", "comparator_name"))
     seeds = f"{found['seeds']} seeds" if found["seeds"] > 1 else "one seed"
     leads = [row for row in found["leaders"] if row["p_adjusted"] < 0.05]
     leaders = ", ".join(
-        f"{row['best'].replace('_', ' ')} at {row['sparsity']:.0%} ({row['accuracy']:.1%}; {points(row)} to "
-        f"{row['second'].replace('_', ' ')})"
+        f"{label(row['best'])} at {row['sparsity']:.0%} ({row['accuracy']:.1%}; {points(row)} to "
+        f"{label(row['second'])})"
         for row in found["leaders"]
     )
     further = "".join(
-        f"; {row['sparsity']:.0%} ({row['best'].replace('_', ' ')}) {points(row)}: {verdict(row)}"
-        for row in found["further"]
+        f"; {row['sparsity']:.0%} ({label(row['best'])}) {points(row)}: {verdict(row)}" for row in found["further"]
     )
     return "\n".join(
         [
@@ -82,7 +81,7 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def interval(row) -> str:
-    """Accuracy and its interval of a row or dict, in percent."""
+    """Return the accuracy of a row or dict with its interval, in percent."""
     return f"{percent(row['accuracy'])} ({100 * row['accuracy_low']:.1f} to {100 * row['accuracy_high']:.1f})"
 
 
@@ -99,10 +98,10 @@ def p_equals(value: float) -> str:
     return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
-def in_points(found: dict, more: str) -> str:
-    """A difference of accuracies in points, with its interval and what else stands in the brackets."""
+def in_points(found: dict, p: str) -> str:
+    """Return a difference of accuracies in points, with its interval and its p."""
     gap, low, high = (f"{100 * found[key]:+z.1f}" for key in ("difference", "low", "high"))
-    return f"{gap} points ({low} to {high}, {more})"
+    return f"{gap} points ({low} to {high}, {p})"
 
 
 def seeds_of(run: Run) -> str:
@@ -110,54 +109,50 @@ def seeds_of(run: Run) -> str:
     return f"seeds {run.seed} to {last}" if last > run.seed else f"seed {run.seed}"
 
 
-# A column of the comparison: heading, what it needs, and how a row's cell reads.
-COLUMNS: list[tuple[str, tuple[str, ...], Callable]] = [
-    ("model", ("model",), lambda row: row["model"].replace("_", " ")),
-    ("accuracy", ("accuracy", "accuracy_low", "accuracy_high"), interval),
-    ("F1", ("f1",), lambda row: f"{row['f1']:.3f}"),
-    ("active parameters, M", ("active_parameters",), lambda row: millions(row["active_parameters"])),
-    ("of all, M", ("total_parameters",), lambda row: millions(row["total_parameters"])),
-    ("sparsity", ("encoder_sparsity",), lambda row: percent(row["encoder_sparsity"], 0)),
-    ("file, MB", ("file_bytes",), lambda row: millions(row["file_bytes"])),
-    ("latency, ms", ("latency_ms",), lambda row: f"{row['latency_ms']:.1f}"),
-    ("speed-up", ("speedup",), lambda row: f"{row['speedup']:.2f}"),
-    ("peak memory, MB", ("peak_memory_bytes",), lambda row: f"{row['peak_memory_bytes'] / 1e6:.0f}"),
-    ("p", ("p_value",), lambda row: p_value(row["p_value"])),
+# A column of the comparison: heading, the key that it is sorted by, and how a row's cell reads.
+COLUMNS: list[tuple[str, str, Callable]] = [
+    ("model", "model", lambda row: row["model"].replace("_", " ")),
+    ("accuracy", "accuracy", interval),
+    ("F1", "f1", lambda row: f"{row['f1']:.3f}"),
+    ("active parameters, M", "active_parameters", lambda row: millions(row["active_parameters"])),
+    ("of all, M", "total_parameters", lambda row: millions(row["total_parameters"])),
+    ("sparsity", "encoder_sparsity", lambda row: percent(row["encoder_sparsity"], 0)),
+    ("file, MB", "file_bytes", lambda row: millions(row["file_bytes"])),
+    ("latency, ms", "latency_ms", lambda row: f"{row['latency_ms']:.1f}"),
+    ("speed-up", "speedup", lambda row: f"{row['speedup']:.2f}"),
+    ("peak memory, MB", "peak_memory_bytes", lambda row: f"{row['peak_memory_bytes'] / 1e6:.0f}"),
+    ("p", "p_value", lambda row: p_value(row["p_value"])),
 ]
 
 
-def columns_of(table: pd.DataFrame, headings: tuple[str, ...] = ()) -> list[tuple[str, str, Callable]]:
-    """Heading, the column that it sorts by, and the cell of what a table can fill, of all columns or of some."""
-    wanted = [column for column in COLUMNS if not headings or column[0] in headings]
-    return [(heading, needs[0], cell) for heading, needs, cell in wanted if set(needs) <= set(table.columns)]
+def comparison_cells(run: Run, headings: tuple[str, ...] = ()) -> tuple[list[str], list[list[tuple]]]:
+    """Return headings and rows of the comparison, of all columns or of some; none before notebook 06 has run.
 
-
-def comparison_cells(run: Run, headings: tuple[str, ...] = ()) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the comparison as texts, of all columns or of some; none before notebook 06 has run."""
-    if not has_comparison(run):
+    A cell is its text and the value that it is sorted by.
+    """
+    if not (run.reports / "tables" / "comparison.csv").is_file():
         return [], []
     table = run.load_table("comparison")
-    columns = columns_of(table, headings)
-    rows = [[cell(row) for *_, cell in columns] for row in table.to_dict("records")]
+    columns = [column for column in COLUMNS if not headings or column[0] in headings]
+    rows = [
+        [(write(row), "" if pd.isna(row[key]) else row[key]) for _, key, write in columns]
+        for row in table.to_dict("records")
+    ]
     return [heading for heading, *_ in columns], rows
 
 
-def has_comparison(run: Run) -> bool:
-    return (run.reports / "tables" / "comparison.csv").is_file()
-
-
 def against_counting(found: dict) -> str:
-    """How the fine-tuned model stands to TF-IDF, which it has to say also where it does not beat it."""
-    gap, over = found["against_tfidf"], found["tfidf"]["seeds"]
-    more = p_equals(gap["p_value"]) + (f"; over {over} seeds" if over > 1 else "")
+    """Return how the fine-tuned model compares with TF-IDF."""
+    gap, seeds = found["against_tfidf"], found["tfidf"]["seeds"]
+    p = p_equals(gap["p_value"]) + (f"; over {seeds} seeds" if seeds > 1 else "")
     return (
         f"TF-IDF with logistic regression, trained on the same reviews, gets {percent(found['tfidf']['accuracy'])}; "
-        f"against it the fine-tuned model is at {in_points(gap, more)}."
+        f"against it the fine-tuned model is at {in_points(gap, p)}."
     )
 
 
 def headline(results: dict) -> str:
-    """What the comparison found, in a few sentences; empty before notebook 06 has run."""
+    """Return the result of the comparison in a few sentences; empty before notebook 06 has run."""
     found = results.get("comparison", {})
     if not {*LEADING, "test_reviews", "tfidf", "against_tfidf"} <= found.keys():
         return ""
@@ -174,7 +169,7 @@ def headline(results: dict) -> str:
 
 
 def finding(results: dict) -> str:
-    """The finding in Markdown; empty before notebook 06 has run."""
+    """Return the finding in Markdown; empty before notebook 06 has run."""
     promised = [metric.removeprefix("finding.") for metric in STAGES["06_comparison"].metrics if "finding." in metric]
     if not set(promised) <= results.get("finding", {}).keys():
         return ""
@@ -182,15 +177,15 @@ def finding(results: dict) -> str:
 
 
 def reference() -> str:
-    """The finding of profile thorough in Markdown, where its report is at hand; else empty."""
+    """Return the finding of profile thorough in Markdown, or "" where it has no report."""
     return finding(open_run(get_profile("thorough")).results())
 
 
-# --- the comparison on the page ---
+# --- the words of the page ---
 
 
 def gains(model: dict, dense: dict) -> list[str]:
-    """What a model of the headline costs and buys against the dense one, a few words each."""
+    """Return what a model of the headline costs and saves compared with the dense one, in a few words each."""
     said = []
     if model["encoder_sparsity"] > 0:
         said.append(f"{percent(model['encoder_sparsity'], 0)} of the block weights removed")
@@ -205,7 +200,7 @@ def gains(model: dict, dense: dict) -> list[str]:
 
 
 def context(results: dict) -> str:
-    """What one has to know beside the headline's numbers: the seed, the control, and counting words."""
+    """Return what is needed to read the headline's numbers: the seed, the control, and TF-IDF."""
     found, said = results.get("comparison", {}), []
     if "test_reviews" in found:
         said.append(f"On {found['test_reviews']:,} test reviews, each accuracy with its 95 % interval.")
@@ -218,7 +213,7 @@ def context(results: dict) -> str:
 
 
 def spell(value) -> str:
-    """A metric as a reader would write it; nested ones as "key value, key value"."""
+    """Return a metric as text; a nested one as "key value, key value"."""
     if isinstance(value, dict):
         return ", ".join(f"{key.replace('_', ' ')} {spell(item)}" for key, item in value.items())
     if isinstance(value, list):
@@ -229,7 +224,7 @@ def spell(value) -> str:
 
 
 def all_numbers(results: dict) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Every section of ``results.json`` that holds metrics: its name, and each metric's name and value in words."""
+    """Return every section of ``results.json`` that holds metrics: its name, and its metrics and values as text."""
     return [
         (name.replace("_", " "), [(metric.replace("_", " "), spell(value)) for metric, value in metrics.items()])
         for name, metrics in results.items()
@@ -238,7 +233,7 @@ def all_numbers(results: dict) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def facts(run: Run, about: dict) -> list[tuple[str, str]]:
-    """What made a run: versions, seed, revision and every setting of the profile, in words."""
+    """Return what a run was made with: versions, seed, revision and every setting of the profile, as text."""
     said = [(name, spell(value)) for name, value in about.get("versions", {}).items()]
     said += [("seed", str(run.seed)), ("revision", about.get("revision", "unknown"))]
     return said + [(name.replace("_", " "), spell(value)) for name, value in about.get("profile", {}).items()]

@@ -1,4 +1,4 @@
-"""Panels: in JupyterLab a figure with sliders; under papermill, in HTML and on paper the same figure, at one position."""
+"""Panels: a figure with sliders in JupyterLab; under papermill, in HTML and on paper the figure at one position."""
 
 from nbhelpers.report.panels.criteria import criteria_panel
 from nbhelpers.report.panels.latency import latency_panel

@@ -1,30 +1,23 @@
 """Panel of notebook 03: pruning, review by review."""
 
 import functools
-import time
 
 import ipywidgets as widgets
 import numpy as np
-import pandas as pd
 
 from nbhelpers import selection
 from nbhelpers.evaluation import predict_logits, wilson_interval
 from nbhelpers.models import prunable_weights
-from nbhelpers.report.panels.shared import blank, explore, slider
+from nbhelpers.report.panels.shared import blank, draw_ring, explore, slider
 from nbhelpers.report.style import COLORS, color, in_percent, label
 from nbhelpers.study import artefacts, inputs, predictions, scoring
-from nbhelpers.system.progress import track
 from nbhelpers.workspace import Run
 
-BATCH_TOKENS, MOST_REVIEWS = 2000, 40  # of the small validation batch: what two cores judge in a tenth of a second
-AHEAD = 6.0  # seconds that a panel may take, before it is shown, to find out what its sliders will ask for
-
-
-# --- 03: pruning, review by review ---
+BATCH_TOKENS, MOST_REVIEWS = 2000, 40  # of the small validation batch: evaluated in a tenth of a second on two cores
 
 
 def small_batch(run: Run) -> np.ndarray:
-    """Row numbers of some validation reviews, drawn once: ``BATCH_TOKENS`` of them, and at least eight reviews."""
+    """Return row numbers of some validation reviews with ``BATCH_TOKENS`` tokens together, and at least eight."""
     rows = inputs.dataset(run, "validation").input_ids
     order = np.random.default_rng(0).permutation(len(rows))[:MOST_REVIEWS]
     tokens = np.cumsum([len(rows[i]) for i in order])
@@ -32,10 +25,9 @@ def small_batch(run: Run) -> np.ndarray:
 
 
 class SparsityPanel:
-    """What each review of a small batch makes of it when weights go, and when training goes on.
+    """The answer to each review of a small batch as weights are removed, and after recovery.
 
-    run: one whose notebook 03 has been run. Answers are kept: a position costs its time once, and a small model
-    is asked for all of them before the first move.
+    run: one whose notebook 03 has been run. Each position is evaluated once.
     """
 
     def __init__(self, run: Run):
@@ -45,51 +37,40 @@ class SparsityPanel:
         self.model = run.load_model("fine_tuned")
         self.whole = {name: weight.detach().clone() for name, weight in prunable_weights(self.model).items()}
         self.scores = functools.cache(lambda criterion: scoring.scores_of(run, criterion))
-        self.dense, self.answers = self.chances(self.model), {}
+        self.dense, self.answers = self.p_right(self.model), {}
         curves = run.load_table("curves")
         self.curves = curves[(curves["split"] == "validation") & curves["criterion"].isin(scoring.MAIN)]
         main = run.profile.main_sparsity
-        every = sorted(self.curves["sparsity"].unique())
+        sparsities = sorted(self.curves["sparsity"].unique())
         self.controls = {
             "criterion": widgets.Dropdown(options=scoring.MAIN, value="merged", description="criterion"),
             "stage": widgets.ToggleButtons(options=["pruned", "recovered"], style={"button_width": "8em"}),
-            "sparsity": slider("removed", every, main, "{:.0%}".format),
+            "sparsity": slider("removed", sparsities, main, "{:.0%}".format),
         }
         self.draw()
 
-    def chances(self, model) -> np.ndarray:
-        """P(the right label) of each review."""
+    def p_right(self, model) -> np.ndarray:
+        """Return P(the right label) of each review."""
         logits = predict_logits(model, self.ids, len(self.ids))
         return predictions.probabilities(logits)[np.arange(len(self.labels)), self.labels]
 
-    def answer(self, *place) -> np.ndarray:
-        """What ``ask`` has found at a position, asked once."""
-        if place not in self.answers:
-            self.answers[place] = self.ask(*place)
-        return self.answers[place]
+    def answer(self, *position) -> np.ndarray:
+        """Return what ``evaluate`` found at a position, which is evaluated once."""
+        if position not in self.answers:
+            self.answers[position] = self.evaluate(*position)
+        return self.answers[position]
 
-    def ask(self, criterion: str, stage: str, sparsity: float) -> np.ndarray:
-        """P(the right label) of each review by the model at a position."""
+    def evaluate(self, criterion: str, stage: str, sparsity: float) -> np.ndarray:
+        """Return P(the right label) of each review by the model at a position."""
         if stage == "recovered":
-            return self.chances(self.run.load_model(artefacts.model_name(stage, criterion, sparsity)))
+            return self.p_right(self.run.load_model(artefacts.model_name(stage, criterion, sparsity)))
         weights = prunable_weights(self.model)
         for name, kept in selection.select(self.scores(criterion), sparsity).items():
             weights[name].data.copy_(self.whole[name] * kept)
-        return self.chances(self.model)
-
-    def prepare(self) -> None:
-        """Ask for as many positions ahead as there is time for, those of the criterion that is shown first."""
-        there = self.curves[["criterion", "stage", "sparsity"]].drop_duplicates()
-        first = there["criterion"] == self.controls["criterion"].value
-        begun = time.monotonic()
-        for key in track(
-            list(pd.concat([there[first], there[~first]]).itertuples(index=False, name=None)), "asking ahead"
-        ):
-            if time.monotonic() - begun < AHEAD:
-                self.answer(*key)
+        return self.p_right(self.model)
 
     def draw(self) -> None:
-        self.figure, (curve, dots) = blank(2, 10.5, 3.8)
+        self.figure, self.title, (curve, dots) = blank(2, 3.8)
         self.lines = {}
         for (criterion, stage), part in self.curves.groupby(["criterion", "stage"], sort=False):
             mean = part.groupby("sparsity")["accuracy"].mean()
@@ -97,7 +78,7 @@ class SparsityPanel:
             (self.lines[criterion, stage],) = curve.plot(
                 mean.index, mean, style, color=color(criterion), marker="o", ms=4
             )
-        (self.here,) = curve.plot([], [], "o", color=COLORS["dense"], markersize=13, markerfacecolor="none", zorder=5)
+        self.ring = draw_ring(curve)
         curve.set(xlabel="share of block weights removed", ylabel="accuracy, all validation reviews")
         curve.set_title("dashed: pruned, solid: recovered")
         for axis in (curve.xaxis, curve.yaxis):
@@ -111,19 +92,18 @@ class SparsityPanel:
             xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="P(right) by the dense model", ylabel="P(right) by this one"
         )
         dots.set_title("each dot is a review")
-        self.title = self.figure.suptitle("", x=0.01, ha="left", fontsize="medium")
 
     def update(self, criterion: str, stage: str, sparsity: float) -> None:
-        there = self.curves[(self.curves["criterion"] == criterion) & (self.curves["stage"] == stage)]
-        known = there.groupby("sparsity")["accuracy"].mean()
-        for (name, at), line in self.lines.items():
-            line.set_alpha(1.0 if (name, at) == (criterion, stage) else 0.25)
-        if sparsity not in known.index:
-            self.here.set_data([], [])
+        rows = self.curves[(self.curves["criterion"] == criterion) & (self.curves["stage"] == stage)]
+        accuracies = rows.groupby("sparsity")["accuracy"].mean()
+        for key, line in self.lines.items():
+            line.set_alpha(1.0 if key == (criterion, stage) else 0.25)
+        if sparsity not in accuracies.index:
+            self.ring.set_data([], [])
             self.title.set_text(f"{label(criterion)} was not {stage} at {sparsity:.0%}: move the slider")
             return
         now = self.answer(criterion, stage, sparsity)
-        self.here.set_data([sparsity], [known[sparsity]])
+        self.ring.set_data([sparsity], [accuracies[sparsity]])
         self.dots.set_offsets(np.stack([self.dense, now], 1))
         changed = np.where((self.dense > 0.5) & (now <= 0.5), 1, np.where((self.dense <= 0.5) & (now > 0.5), 2, 0))
         self.dots.set_color(np.array([COLORS["baseline"], COLORS["sparse"], COLORS["gradient"]])[changed])
@@ -131,10 +111,10 @@ class SparsityPanel:
         right, dense = (now > 0.5).sum(), (self.dense > 0.5).sum()
         self.title.set_text(
             f"{label(criterion)}, {stage}, {sparsity:.0%} removed: {right} of these {len(now)} reviews right "
-            f"({low:.0%} to {high:.0%}), the dense model {dense}; of all {known[sparsity]:.1%}"
+            f"({low:.0%} to {high:.0%}), the dense model {dense}; of all {accuracies[sparsity]:.1%}"
         )
 
 
 def sparsity_panel(run: Run) -> None:
-    """A slider over the sparsities of the stored scores and models: which reviews of a small batch stay right."""
+    """Show which reviews of a small batch stay right, with a slider over the stored scores and models."""
     explore(SparsityPanel(run))

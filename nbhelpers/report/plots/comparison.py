@@ -9,7 +9,7 @@ from nbhelpers.report.style import COLORS, axes, color, in_percent, label, name_
 
 
 def compare_and_visualize(comparison: pd.DataFrame) -> dict[str, Figure]:
-    """The three figures of a comparison table: accuracy against size, against latency, and the cost of an iteration."""
+    """Return three figures of a comparison: accuracy against size, against latency, and the cost of an iteration."""
     table = comparison.assign(
         megabytes=comparison["file_bytes"] / 1e6, memory_megabytes=comparison["peak_memory_bytes"] / 1e6
     )
@@ -33,9 +33,9 @@ def compare_and_visualize(comparison: pd.DataFrame) -> dict[str, Figure]:
 
 
 def forgotten(table: pd.DataFrame) -> Figure:
-    """Share forgotten in each group of reviews with its interval, a panel a feature; dashed: of all reviews.
+    """Draw the share forgotten in each group of reviews with its interval, one panel per feature; dashed: in all.
 
-    table: of ``forgetting.forgotten_by_group``; several of them may be told apart by a column model.
+    table: of ``forgetting.forgotten_by_group``, with a column model.
     """
     titles = {
         "tokens": "tokens in the review",
@@ -44,7 +44,7 @@ def forgotten(table: pd.DataFrame) -> Figure:
         "contrasts": "words that contrast",
         "stars": "stars that the review gives",
     }
-    models = list(table.groupby("model", sort=False)) if "model" in table else [("dense", table)]
+    models = list(table.groupby("model", sort=False))
     features = [name for name in dict.fromkeys(table["feature"]) if name != "all"]
     columns = min(3, -(-len(features) // 2))
     rows = -(-len(features) // columns)
@@ -62,21 +62,20 @@ def forgotten(table: pd.DataFrame) -> Figure:
         ax.set_xticks(range(len(names)), names, fontsize="x-small")
         ax.set_xlim(-0.5, len(names) - 0.5)
         ax.set_title(titles.get(feature, label(feature)))
-    for ax in np.ravel(grid)[len(features) :]:
+    first, *others = np.ravel(grid)
+    for ax in others[len(features) - 1 :]:
         ax.set_axis_off()
-    first = np.ravel(grid)[0]
     first.set_ylim(0, None)
     in_percent(first.yaxis)
     figure.supylabel("share of right answers forgotten", fontsize="medium")
-    if len(models) > 1:
-        figure.legend(*first.get_legend_handles_labels(), fontsize="small", loc="outside right center")
+    figure.legend(*first.get_legend_handles_labels(), fontsize="small", loc="outside right center")
     return figure
 
 
 def unlearned(table: pd.DataFrame) -> Figure:
-    """Bits per byte of each model, a panel a domain, a dot a row; a line leads from the first model's mean to its own.
+    """Draw bits per byte: one panel per domain, one dot per row, a line from the first model's mean to each mean.
 
-    table: columns model, domain, bits_per_byte; a model may have several rows, one a seed.
+    table: columns model, domain, bits_per_byte; a model may have several rows, one per seed.
     """
     models, domains = (list(dict.fromkeys(table[name])) for name in ("model", "domain"))
     means = table.groupby(["domain", "model"])["bits_per_byte"].mean()
@@ -98,7 +97,7 @@ def unlearned(table: pd.DataFrame) -> Figure:
 
 
 def rivals(table: pd.DataFrame, title: str) -> Figure:
-    """Paired differences in points with their intervals against sparsity, a line a rival; 0 is a draw.
+    """Draw paired differences in points with their intervals against sparsity, one line per rival.
 
     table: of ``comparison.compare_rivals``.
     """

@@ -8,7 +8,7 @@ from nbhelpers.report.style import COLORS, MARKERS, axes, color, in_percent, lab
 
 
 def accuracy_curves(curves: pd.DataFrame, dense: float, control: float | None = None) -> Figure:
-    """Accuracy against sparsity, one panel a stage (pruned, recovered), one line a criterion.
+    """Draw accuracy against sparsity, one panel per stage (pruned, recovered), one line per criterion.
 
     With several seeds the line is their mean and the band goes from the lowest to the highest; with one it is Wilson's
     interval.
@@ -17,8 +17,8 @@ def accuracy_curves(curves: pd.DataFrame, dense: float, control: float | None = 
     figure, row = axes(len(stages), width=max(7.4, 4.8 * len(stages)), height=4, sharey=True)
     for ax, stage in zip(row, stages, strict=True):
         for criterion, part in curves[curves["stage"] == stage].groupby("criterion", sort=False):
-            one = part["seed"].nunique() == 1
-            low, high = ("accuracy_low", "accuracy_high") if one else ("accuracy", "accuracy")
+            one_seed = part["seed"].nunique() == 1
+            low, high = ("accuracy_low", "accuracy_high") if one_seed else ("accuracy", "accuracy")
             by_sparsity = part.groupby("sparsity")
             mean = by_sparsity["accuracy"].mean()
             shade = color(criterion)
@@ -43,10 +43,10 @@ def accuracy_curves(curves: pd.DataFrame, dense: float, control: float | None = 
     return figure
 
 
-def sensitivity(table: pd.DataFrame, value: str, fmt: str = "+.3f") -> Figure:
-    """What pruning one matrix alone changes: heatmaps of layers and modules, one a sparsity.
+def sensitivity(table: pd.DataFrame, value: str) -> Figure:
+    """Draw what pruning one matrix alone changes: heatmaps of layers and modules, one per sparsity.
 
-    table: of ``stability.sensitivity``; value: what its column value is, for instance "validation loss".
+    table: of ``stability.sensitivity``; value: the name of its column value in prose, for instance "validation loss".
     """
     untouched = table.loc[table["layer"] == -1, "value"].item()
     pruned = table[table["layer"] >= 0].assign(change=lambda rows: rows["value"] - untouched)
@@ -54,4 +54,4 @@ def sensitivity(table: pd.DataFrame, value: str, fmt: str = "+.3f") -> Figure:
         f"{sparsity:.0%} of the matrix removed": part.pivot(index="layer", columns="module", values="change")
         for sparsity, part in pruned.groupby("sparsity")
     }
-    return heatmaps(tables, f"One matrix pruned, the others whole: change of {value}", fmt, f"change of {value}")
+    return heatmaps(tables, f"One matrix pruned, the others whole: change of {value}", "+.3f", f"change of {value}")

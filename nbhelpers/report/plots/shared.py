@@ -9,20 +9,21 @@ from matplotlib.figure import Figure
 from nbhelpers.models import position
 from nbhelpers.report.style import (
     COLORS,
-    MARKERS,
     axes,
     color,
     describe,
     in_percent,
     label,
+    legend_beside,
+    mark,
     name_lines,
+    number_marks,
     plain_numbers,
-    spread,
 )
 
 
 def intervals(table: pd.DataFrame, value: str, title: str, xlabel: str, reference: float | None = None) -> Figure:
-    """A dot and its interval per row; table has columns model, <value>, <value>_low, <value>_high."""
+    """Draw a dot and its interval per row of a table with columns model, <value>, <value>_low, <value>_high."""
     figure, (ax,) = axes(width=7, height=0.9 + 0.34 * len(table))
     for y, (_, row) in enumerate(table.iloc[::-1].iterrows()):
         shade = color(row["model"])
@@ -37,7 +38,7 @@ def intervals(table: pd.DataFrame, value: str, title: str, xlabel: str, referenc
 
 
 def differences(significance: pd.DataFrame, title: str) -> Figure:
-    """Paired differences of accuracy in points with their intervals, from rows of ``evaluation.significance_table``."""
+    """Draw the paired differences of ``evaluation.significance_table`` in points with their intervals."""
     points = 100 * significance[["difference", "low", "high"]]
     table = points.set_axis(["points", "points_low", "points_high"], axis=1)
     table.insert(0, "model", significance["comparison"].str.split(" - ").str[0])
@@ -45,39 +46,43 @@ def differences(significance: pd.DataFrame, title: str) -> Figure:
 
 
 def by_layer_and_module(values: dict[str, float]) -> pd.DataFrame:
-    """Numbers by parameter name as a table, layers in rows (bottom layer first) and modules in columns."""
+    """Return numbers by parameter name as a table, layers in rows (bottom layer first) and modules in columns."""
     rows = [(*position(name), value) for name, value in values.items()]
     table = pd.DataFrame(rows, columns=["layer", "module", "value"])
     return table.pivot(index="layer", columns="module", values="value")
 
 
+def draw_cells(ax, table: pd.DataFrame, fmt: str, limits: tuple[float, float], **options) -> None:
+    """Draw a table as coloured cells with their numbers; limits: values at the two ends of the colour scale."""
+    low, high = limits
+    options = {"annot": True, "annot_kws": {"fontsize": "small"}, "cmap": "viridis", "cbar": False} | options
+    sns.heatmap(table, vmin=low, vmax=high, fmt=fmt, ax=ax, **options)
+    ax.tick_params(axis="y", rotation=0)
+    ax.set_xticks(ax.get_xticks(), [str(name) for name in table.columns], rotation=30, ha="right")
+    ax.set(xlabel="", ylabel="")
+
+
 def heatmaps(
     tables: dict[str, pd.DataFrame], title: str, fmt: str = ".0%", bar: str = "", limits: tuple = (None, None)
 ) -> Figure:
-    """Tables side by side as heatmaps with their numbers, on one colour scale."""
-    cells = max(table.size for table in tables.values())
+    """Draw tables side by side as heatmaps with their numbers, on one colour scale, which ``bar`` names."""
     figure, row = axes(
         len(tables), width=max(4.5, 3.4 * len(tables)), height=1.7 + 0.42 * max(map(len, tables.values()))
     )
-    low = min(np.nanmin(t.to_numpy()) for t in tables.values()) if limits[0] is None else limits[0]
-    high = max(np.nanmax(t.to_numpy()) for t in tables.values()) if limits[1] is None else limits[1]
-    for i, (ax, (name, table)) in enumerate(zip(row, tables.items(), strict=True)):
-        last = i == len(tables) - 1
-        options = {"annot": cells <= 120, "fmt": fmt, "annot_kws": {"fontsize": "small"}, "cbar": last}
-        sns.heatmap(
-            table, vmin=low, vmax=high, cmap="viridis", ax=ax, cbar_kws={"label": bar} if last else None, **options
-        )
+    low = min(np.nanmin(table.to_numpy()) for table in tables.values()) if limits[0] is None else limits[0]
+    high = max(np.nanmax(table.to_numpy()) for table in tables.values()) if limits[1] is None else limits[1]
+    numbers = max(table.size for table in tables.values()) <= 120
+    for ax, (name, table) in zip(row, tables.items(), strict=True):
+        last = {"cbar": True, "cbar_kws": {"label": bar}} if ax is row[-1] else {}
+        draw_cells(ax, table, fmt, (low, high), annot=numbers, **last)
         ax.set_title(label(name), color=color(name))
-        ax.set_ylabel(table.index.name if i == 0 else "")
-        ax.tick_params(axis="y", rotation=0)
-        ax.set_xlabel("")
-        ax.set_xticks(ax.get_xticks(), [str(name) for name in table.columns], rotation=30, ha="right")
+    row[0].set_ylabel(next(iter(tables.values())).index.name)
     describe(figure, title)
     return figure
 
 
 def small_tensors(tensors: dict[str, torch.Tensor], title: str) -> Figure:
-    """5x5 tensors side by side with their numbers, each on its own scale; bool tensors as kept or dropped."""
+    """Draw small tensors side by side with their numbers, each on its own scale; bool tensors as 0 and 1."""
     figure, row = axes(len(tensors), width=3 * len(tensors), height=3.2)
     for ax, (name, tensor) in zip(row, tensors.items(), strict=True):
         array = tensor.detach().float().numpy() + 0.0  # without the sign of -0.0
@@ -89,7 +94,7 @@ def small_tensors(tensors: dict[str, torch.Tensor], title: str) -> Figure:
 
 
 def draw_lines(ax, table: pd.DataFrame, x: str, y: str, hue: str) -> None:
-    """One line per value of ``hue``, with bands where the table has <y>_low and <y>_high."""
+    """Draw one line per value of ``hue``, with bands where the table has <y>_low and <y>_high."""
     for name, part in table.sort_values(x).groupby(hue, sort=False):
         shade = color(str(name), unknown=None)
         (line,) = ax.plot(part[x], part[y], marker="o", color=shade, label=label(str(name)))
@@ -100,19 +105,20 @@ def draw_lines(ax, table: pd.DataFrame, x: str, y: str, hue: str) -> None:
 def lines(
     table: pd.DataFrame, x: str, y: str, hue: str, title: str, xlabel: str, ylabel: str, logx: bool = False
 ) -> Figure:
-    """The lines of ``draw_lines``, each with its name at its end."""
+    """Draw the lines of ``draw_lines``, each with its name at its end."""
     figure, (ax,) = axes(width=7.4, height=4)
     draw_lines(ax, table, x, y, hue)
     if logx:
         ax.set_xscale("log", base=2)
-        ax.set_xticks(sorted(table[x].unique()), [f"{v:g}" for v in sorted(table[x].unique())])
+        ticks = sorted(table[x].unique())
+        ax.set_xticks(ticks, [f"{value:g}" for value in ticks])
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     name_lines(ax)
     return figure
 
 
-def grouped_bars(table: pd.DataFrame, x: str, y: str, hue: str, title: str, ylabel: str, log: bool = False) -> Figure:
-    """Bars by x and hue, with error bars where the table has <y>_low and <y>_high."""
+def grouped_bars(table: pd.DataFrame, x: str, y: str, hue: str, title: str, ylabel: str) -> Figure:
+    """Draw bars by x and hue, with error bars where the table has <y>_low and <y>_high."""
     figure, (ax,) = axes(width=7.4, height=3.8)
     groups, hues = list(dict.fromkeys(table[x])), list(dict.fromkeys(table[hue]))
     # Shades from light to dark for what has no colour of its own: in grey they stay apart.
@@ -125,29 +131,26 @@ def grouped_bars(table: pd.DataFrame, x: str, y: str, hue: str, title: str, ylab
             error = np.abs(np.stack([part[y] - part[f"{y}_low"], part[f"{y}_high"] - part[y]]))
         shade = color(str(name), unknown=shades[i])
         ax.bar(places, part[y], 0.8 / len(hues), yerr=error, capsize=2, label=label(str(name)), color=shade)
-    many = {"rotation": 30, "ha": "right"} if len(groups) > 5 else {}
-    ax.set_xticks(range(len(groups)), [label(str(group)) for group in groups], **many)
-    if log:
-        ax.set_yscale("log")
+    slanted = {"rotation": 30, "ha": "right"} if len(groups) > 5 else {}
+    ax.set_xticks(range(len(groups)), [label(str(group)) for group in groups], **slanted)
     ax.set(title=title, xlabel=label(x), ylabel=ylabel)
     if len(hues) > 1:
-        ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+        legend_beside(ax)
     return figure
 
 
 def tradeoff(table: pd.DataFrame, x: str, xlabel: str, title: str, ylabel: str = "test accuracy") -> Figure:
-    """Accuracy with its interval against a cost (log axis), a numbered mark a model; names in a column, best on top."""
+    """Draw accuracy with its interval against a cost (log axis), a numbered mark per model, named beside the axes."""
     figure, (ax,) = axes(width=8.6, height=4.6)
     ordered = table.sort_values("accuracy", ascending=False)
-    places = np.linspace(0.97, 0.03, len(ordered))
-    for number, (place, (_, row)) in enumerate(zip(places, ordered.iterrows(), strict=True), 1):
-        kind = next((kind for kind in MARKERS if kind in row["model"]), "dense")
-        look = {"marker": MARKERS[kind], "color": color(row["model"])}
+    heights = np.linspace(0.97, 0.03, len(ordered))
+    for number, (height, (_, row)) in enumerate(zip(heights, ordered.iterrows(), strict=True), 1):
+        look = mark(row["model"])
         error = [[row["accuracy"] - row["accuracy_low"]], [row["accuracy_high"] - row["accuracy"]]]
         ax.errorbar(row[x], row["accuracy"], yerr=error, alpha=0.85, elinewidth=0.7, **look)
-        ax.plot(1.05, place, transform=ax.transAxes, clip_on=False, **look)
+        ax.plot(1.05, height, transform=ax.transAxes, clip_on=False, **look)
         text = f"{number:>2}  {label(row['model'])}, {row['accuracy']:.1%}"
-        ax.text(1.075, place, text, transform=ax.transAxes, fontsize=9, va="center", color=look["color"])
+        ax.text(1.075, height, text, transform=ax.transAxes, fontsize=9, va="center", color=look["color"])
     ax.set_xscale("log")
     low, high = table[x].min() / 1.2, table[x].max() * 1.2
     ax.set_xlim(low, high)
@@ -156,17 +159,3 @@ def tradeoff(table: pd.DataFrame, x: str, xlabel: str, title: str, ylabel: str =
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     number_marks(ax, ordered[[x, "accuracy"]].to_numpy())
     return figure
-
-
-def number_marks(ax, points: np.ndarray) -> None:
-    """Write 1, 2, ... beside the marks at ``points`` [n, 2], so that no two numbers hide each other."""
-    ax.autoscale_view()  # otherwise the limits are found when the figure is drawn
-    at = (ax.transData + ax.transAxes.inverted()).transform(points)
-    gap = 9 / (72 * ax.bbox.height / ax.figure.dpi)
-    by_x = np.argsort(at[:, 0], kind="stable")
-    # Marks that stand one above the other share a column of numbers.
-    columns = np.split(by_x, np.flatnonzero(np.diff(at[by_x, 0]) > 0.03) + 1)
-    for column in columns:
-        for i, height in zip(column, spread([float(at[i, 1]) for i in column], gap), strict=True):
-            look = {"fontsize": 8, "va": "center", "color": ax.containers[i].lines[0].get_color()}
-            ax.text(at[i, 0] + 0.012, height, str(i + 1), transform=ax.transAxes, **look)

@@ -5,13 +5,24 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from nbhelpers.report.style import COLORS, axes, color, describe, in_percent, label, name_lines, note, plain_numbers
+from nbhelpers.report.style import (
+    COLORS,
+    axes,
+    color,
+    describe,
+    in_percent,
+    label,
+    legend_beside,
+    name_lines,
+    note,
+    plain_numbers,
+)
 
 
 def break_even(table: pd.DataFrame, engine: str) -> Figure:
-    """Speed-up of an engine over the dense product against sparsity: a panel a batch, a line a shape, quartile bands.
+    """Draw the speed-up of an engine over the dense product against sparsity: one panel per batch, one line per shape.
 
-    table: of ``benchmark.compare_engines``.
+    table: of ``sparse.speed.compare_engines``; the bands are quartiles.
     """
     sizes = sorted(table["tokens"].unique())
     figure, row = axes(len(sizes), width=3.7 * len(sizes), height=3.8, sharey=True)
@@ -32,10 +43,10 @@ def break_even(table: pd.DataFrame, engine: str) -> Figure:
 
 
 def roofline(table: pd.DataFrame, limits: dict[str, float]) -> Figure:
-    """Useful work a second of each engine under what the machine allows (Williams, Waterman and Patterson, 2009).
+    """Draw each engine's useful work per second below the machine's limits (Williams, Waterman and Patterson, 2009).
 
-    table: rows of ``benchmark.compare_engines`` at one sparsity and number of tokens; limits: of
-    ``benchmark.machine_limits``.
+    table: rows of ``sparse.speed.compare_engines`` at one sparsity and number of tokens; limits: of
+    ``sparse.speed.machine_limits``.
     """
     figure, (ax,) = axes(width=8.2, height=4.4)
     span = np.geomspace(table["intensity"].min() / 3, table["intensity"].max() * 3, 50)
@@ -61,12 +72,12 @@ def roofline(table: pd.DataFrame, limits: dict[str, float]) -> Figure:
     ax.set(ylabel="useful GFLOP a second", title="Roofline: what limits each engine")
     for axis in (ax.xaxis, ax.yaxis):
         plain_numbers(axis)
-    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_beside(ax)
     return figure
 
 
 def step_sizes(table: pd.DataFrame, title: str) -> Figure:
-    """Size of a file after each step of a compression, with the accuracy: ``compression.compress_all``'s table."""
+    """Draw the size of the file after each step of ``students.compress_all``, with the accuracy."""
     figure, (ax,) = axes(width=7, height=0.9 + 0.4 * len(table))
     names = [f"{row.step}, {row.layers} layer{'s' * (row.layers > 1)}" for row in table.itertuples()]
     shades = {"fine-tuned": COLORS["dense"], "int8": COLORS["compressed"]}

@@ -10,7 +10,7 @@ from nbhelpers.report.style import COLORS, axes, color, in_percent, label, name_
 
 
 def lengths(counts: dict[str, list[int]], max_tokens: int) -> Figure:
-    """Histogram of review lengths in tokens by class, with the truncation limit."""
+    """Draw a histogram of review lengths in tokens by class, with the truncation limit."""
     figure, (ax,) = axes()
     longest = int(np.percentile(np.concatenate(list(counts.values())), 99))
     for name, values in counts.items():
@@ -24,9 +24,9 @@ def lengths(counts: dict[str, list[int]], max_tokens: int) -> Figure:
 
 
 def learning_curves(curves: dict[str, pd.DataFrame], lines: dict[str, float], title: str, reviews: int) -> Figure:
-    """Training loss (running mean) and validation accuracy over steps, a curve a model, with lines of accuracy.
+    """Draw training loss (running mean) and validation accuracy over steps, one curve per model.
 
-    reviews: how many the accuracy was measured on; its bars are Wilson's intervals.
+    lines: accuracies to draw across, by name; reviews: how many the accuracy was measured on, for Wilson's intervals.
     """
     figure, (left, right) = axes(2, width=9)
     for name, curve in curves.items():
@@ -50,7 +50,7 @@ def learning_curves(curves: dict[str, pd.DataFrame], lines: dict[str, float], ti
 
 
 def confusion(matrix: np.ndarray, names: list[str]) -> Figure:
-    """A confusion matrix [true, predicted] with its counts."""
+    """Draw a confusion matrix [true, predicted] with its counts."""
     figure, (ax,) = axes(width=4.2, height=3.4)
     sns.heatmap(matrix, annot=True, fmt="d", cmap="Blues", cbar=False, square=True, ax=ax)
     ax.set_xticklabels(names)

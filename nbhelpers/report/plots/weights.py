@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 
 from nbhelpers.models import position
 from nbhelpers.report.plots.shared import draw_lines, heatmaps
-from nbhelpers.report.style import COLORS, axes, color, describe, in_percent, label, name_lines
+from nbhelpers.report.style import COLORS, axes, color, describe, in_percent, label, legend_beside, name_lines
 
 
 def score_distributions(scores: dict[str, dict[str, torch.Tensor]], thresholds: dict[str, float]) -> Figure:
-    """Histograms of log10 score by layer, one panel a criterion, with the threshold of each."""
+    """Draw histograms of log10 score by layer, one panel per criterion, with the threshold of each."""
     figure, row = axes(len(scores), width=3.8 * len(scores), height=3.4)
     for ax, (criterion, tensors) in zip(row, scores.items(), strict=True):
         layers = sorted({position(name)[0] for name in tensors})
@@ -30,12 +30,10 @@ def score_distributions(scores: dict[str, dict[str, torch.Tensor]], thresholds: 
 
 
 def overlap_over_seeds(table: pd.DataFrame) -> Figure:
-    """Overlap of the sets that runs with other seeds drop: a dot a pair of seeds, and both chance levels a criterion.
+    """Draw the overlap of the sets that different seeds drop: one dot per pair of seeds, and both chance levels.
 
-    table: of ``stability.stability_over_seeds``, with a column criterion. Raises ``ValueError`` when it has no pairs.
+    table: of ``stability.stability_over_seeds``, with a column criterion.
     """
-    if table.empty:
-        raise ValueError("there is no pair of seeds to compare: make runs with at least two seeds first")
     names = list(dict.fromkeys(table["criterion"]))
     figure, (ax,) = axes(width=2.5 + 1.2 * len(names), height=3.8)
     for i, name in enumerate(names):
@@ -49,12 +47,12 @@ def overlap_over_seeds(table: pd.DataFrame) -> Figure:
     ax.set(xlim=(-0.6, len(names) - 0.4), ylabel="share dropped by the other seed too")
     ax.set_title("Do other seeds drop the same weights?")
     in_percent(ax.yaxis)
-    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_beside(ax)
     return figure
 
 
 def overlap_along_training(table: pd.DataFrame) -> Figure:
-    """Overlap with the set flagged in the end against optimizer steps: a line a criterion, its chance level dotted.
+    """Draw the overlap with the finally flagged set against optimizer steps: a line and a chance level per criterion.
 
     table: of ``stability.along_training``. The axis is logarithmic from step 1 on; step 0 stands beside it.
     """
@@ -78,7 +76,7 @@ def overlap_along_training(table: pd.DataFrame) -> Figure:
 
 
 def dropped_heads(shares: pd.DataFrame) -> Figure:
-    """Share of each attention head that is dropped: heatmaps of layers and heads, one a criterion.
+    """Draw the share of each attention head that is dropped: heatmaps of layers and heads, one per criterion.
 
     shares: of ``stability.structure_shares``, with a column criterion.
     """
@@ -95,9 +93,9 @@ def dropped_heads(shares: pd.DataFrame) -> Figure:
 
 
 def dropped_neurons(shares: pd.DataFrame) -> Figure:
-    """Share of each MLP neuron that is dropped, neurons sorted by it: a panel a criterion, a line a layer.
+    """Draw the share of each MLP neuron that is dropped, sorted: one panel per criterion, one line per layer.
 
-    shares: of ``stability.structure_shares``, with a column criterion. A flat line means that all neurons lose alike.
+    shares: of ``stability.structure_shares``, with a column criterion. A flat line: all neurons lose the same share.
     """
     neurons = shares[shares["kind"] == "neuron"]
     panels = list(neurons.groupby("criterion", sort=False))

@@ -21,8 +21,12 @@ function makeButton(holder) {
 
 // --- the picture ---
 
-// Of each model its name, and its numbers as [heading, text].
-const models = JSON.parse(document.getElementById("data").textContent);
+// Of each model its name, and its numbers as [heading, text], as the table has them.
+const headings = all("#models th[scope=col]").map((heading) => heading.textContent);
+const models = all("#models tbody tr").map((row) => ({
+  name: row.dataset.name,
+  numbers: all("td", row).map((cell, i) => [headings[i + 1], cell.textContent]),
+}));
 const canvas = document.querySelector(".canvas");
 const HINT = "Point at a mark for its numbers; click it, or press Enter, to find it in the table.";
 let chosen = null;
