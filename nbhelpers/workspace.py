@@ -47,7 +47,7 @@ class WorkspaceError(RuntimeError):
 
 
 def root() -> Path:
-    """The folder that holds ``.artifacts`` and ``reports``."""
+    """Return the folder that holds ``.artifacts`` and ``reports``."""
     return Path(os.environ.get("NBHELPERS_ROOT") or Path(__file__).parent.parent).resolve()
 
 
@@ -149,7 +149,7 @@ class Run:
         return datetime.datetime.fromisoformat(record["created"]).timestamp() >= forced_since()
 
     def read_artifact(self, name: str) -> dict:
-        """What ``artifact.json`` says of an artefact; empty where it is missing; ``WorkspaceError`` if damaged.
+        """Return what ``artifact.json`` says of an artefact; empty where it is missing; ``WorkspaceError`` if damaged.
 
         Another process may be replacing the folder: whether the file is there is found out by reading it.
         """
@@ -168,7 +168,7 @@ class Run:
         return record
 
     def artifact(self, name: str) -> dict:
-        """What ``artifact.json`` says of an artefact. Raises ``WorkspaceError`` when it is missing or unreadable."""
+        """Return the record of an artefact (``artifact.json``). Raises ``WorkspaceError`` without one."""
         record = self.read_artifact(name)
         if not record:
             raise WorkspaceError(
@@ -178,13 +178,13 @@ class Run:
         return record
 
     def records(self) -> list[dict]:
-        """What ``artifact.json`` says of each finished artefact."""
+        """Return what ``artifact.json`` says of each finished artefact."""
         # A folder with a dot in its name is what a killed run left while it was writing.
         paths = [path for path in self.artifacts.glob("*/artifact.json") if "." not in path.parent.name]
         return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
     def folder(self, name: str) -> Path:
-        """The folder of a finished artefact after its checksums were found right."""
+        """Return the folder of a finished artefact after its checksums were found right."""
         record, folder = self.artifact(name), self.artifacts / name
         for file, expected in record["files"].items():
             inside = (folder / file).resolve().is_relative_to(folder.resolve())
@@ -193,17 +193,17 @@ class Run:
         return folder
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of an artefact that keeps some beside or instead of a model: statistics, scores or masks."""
+        """Return the tensors of an artefact that are not a model's weights: statistics, scores or masks."""
         return load_file(self.folder(name) / TENSORS)
 
     # --- models ---
 
     def models(self) -> list[str]:
-        """Names of the models that this run has made, oldest first."""
+        """Return names of the models that this run has made, oldest first."""
         return [r["name"] for r in sorted(self.records(), key=lambda r: r["created"]) if r["kind"] in MODELS]
 
     def load_model(self, name: str) -> torch.nn.Module:
-        """A model of this run in eval mode, sparse where it is sparse.
+        """Return a model of this run in eval mode, sparse where it is sparse.
 
         Raises ``WorkspaceError`` when it is missing, damaged, or not a model.
         """
@@ -234,15 +234,15 @@ class Run:
     # --- reports ---
 
     def results(self) -> dict:
-        """All metrics recorded so far: {section: {metric: value}}, those that were timed among them."""
+        """Return all metrics recorded so far: {section: {metric: value}}, those that were timed among them."""
         path = self.reports / "results.json"
         results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         timed = results.pop("timings", {})
-        return together(results, timed)
+        return join_timed(results, timed)
 
     def write_results(self, results: dict) -> None:
         """Write ``results.json``: what was timed in a section of its own, so that all else is the same each time."""
-        steady, timed = apart({name: section for name, section in results.items() if name != "run"})
+        steady, timed = split_timed({name: section for name, section in results.items() if name != "run"})
         steady |= {"run": results["run"]} if "run" in results else {}
         plain = json.dumps(steady | ({"timings": timed} if timed else {}), indent=2, default=plain_value)
         write_text(self.reports / "results.json", plain + "\n")
@@ -280,17 +280,17 @@ class Run:
         return table
 
     def checksums(self) -> dict[str, str]:
-        """The checksums of all tables as they were written, by name."""
+        """Return the checksums of all tables as they were written, by name."""
         path = self.reports / ".checksums.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def is_as_written(self, table: str) -> bool:
-        """Whether a table is what ``save_table`` wrote; one that was written otherwise is taken as it is."""
+        """Return whether a table is what ``save_table`` wrote; one that was written otherwise is taken as it is."""
         path = self.reports / "tables" / f"{table}.csv"
         return self.checksums().get(table, "") in ("", sha256(path))
 
     def load_table(self, name: str) -> pd.DataFrame:
-        """A table that an earlier notebook wrote."""
+        """Return a table that an earlier notebook wrote."""
         path = self.reports / "tables" / f"{name}.csv"
         if not path.exists():
             raise WorkspaceError(f"table {path} is missing: run the notebook that writes it (see ./run_all.sh --list)")
@@ -315,30 +315,30 @@ def module_of(build: Callable) -> str:
 
 
 def plain_value(value):
-    """A number of numpy's or torch's as Python's, anything else as a list, for JSON."""
+    """Return a number of numpy's or torch's as Python's, anything else as a list, for JSON."""
     return value.item() if hasattr(value, "item") else list(value)
 
 
-def apart(metrics: dict) -> tuple[dict, dict]:
+def split_timed(metrics: dict) -> tuple[dict, dict]:
     """Metrics without those that say how long something took, or were chosen by that; and those alone."""
     steady, timed = {}, {}
     for name, value in metrics.items():
         if TIMED.search(name):
             timed[name] = value
         elif isinstance(value, dict):
-            steady[name], times = apart(value)
+            steady[name], times = split_timed(value)
             timed |= {name: times} if times else {}
         else:
             steady[name] = value
     return steady, timed
 
 
-def together(steady: dict, timed: dict) -> dict:
-    """What ``apart`` took apart."""
+def join_timed(steady: dict, timed: dict) -> dict:
+    """Return what ``split_timed`` took apart."""
     both = dict(steady)
     for name, value in timed.items():
         nested = isinstance(value, dict) and isinstance(both.get(name), dict)
-        both[name] = together(both[name], value) if nested else value
+        both[name] = join_timed(both[name], value) if nested else value
     return both
 
 
@@ -348,7 +348,7 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def rebuild(run: Run, name: str) -> str:
-    """How to make an artefact anew, in words."""
+    """Return how to make an artefact anew, in words."""
     options = f"--profile {run.profile.name}" + (f" --seed {run.seed}" if run.seed else "")
     return f"run notebook {maker_of(name)} again (./run_all.sh {options} --only {maker_of(name)} --force)"
 
@@ -356,7 +356,7 @@ def rebuild(run: Run, name: str) -> str:
 MAKERS = {"scores": "02", "calibration": "02", "sparse": "04", "structured": "04", "compact": "04"}
 MAKERS |= dict.fromkeys(("rates", "pruned", "recovered", "gradual", "taught", "fine_tuned_extra"), "03")
 MAKERS |= dict.fromkeys(("choice_rate", "choice_comparator", "choice_score"), "03")
-MAKERS |= dict.fromkeys(("student", "compressed", "choice_distillation"), "05")
+MAKERS |= dict.fromkeys(("student", "compressed", "choice_distillation", "choice_compressed"), "05")
 
 
 def maker_of(name: str) -> str:
@@ -365,7 +365,7 @@ def maker_of(name: str) -> str:
 
 
 def open_run(profile: Profile, seed: int = 0) -> Run:
-    """The run of a profile and a seed; nothing is written until something is saved in it."""
+    """Return the run of a profile and a seed; nothing is written until something is saved in it."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
         raise WorkspaceError(f"seed must be a whole number from 0 to {2**31 - 1:,} (got {seed!r})")
     return Run(profile, seed)

@@ -88,7 +88,8 @@ def test_every_module_says_in_its_first_line_what_it_is_for():
 
 def test_every_imported_package_is_pinned():
     imported = set()
-    for path in [*FILES, *Path(__file__).parent.glob("*.py")]:
+    tests = list(Path(__file__).parent.rglob("*.py"))
+    for path in [*FILES, *tests]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
@@ -98,7 +99,9 @@ def test_every_imported_package_is_pinned():
     owners = importlib.metadata.packages_distributions()
     # Asked for where it is installed, and said so otherwise.
     optional = {"onnxruntime", "onnxscript"}
-    for name in sorted(imported - set(sys.stdlib_module_names) - {"nbhelpers", "tests", "conftest"} - optional):
+    for name in sorted(
+        imported - set(sys.stdlib_module_names) - {"nbhelpers"} - {path.stem for path in tests} - optional
+    ):
         distributions = {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners.get(name, [name])}
         assert distributions & pinned, f"{name} is imported and not in requirements.txt"
 

@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options of the command line. Raises ``PipelineError`` for one that does not exist or cannot be."""
+    """Return the options of the command line. Raises ``PipelineError`` for one that does not exist or cannot be."""
     parser = Parser(
         prog="./run_all.sh", description="Run the notebooks and write reports/<profile>/.", allow_abbrev=False
     )
@@ -79,7 +79,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def check_options(options: argparse.Namespace) -> None:
     """Raise ``PipelineError`` for options that do not go together."""
     if options.jobs < 1:
-        raise PipelineError(f"--jobs is {options.jobs}: it takes a whole number of at least 1")
+        raise PipelineError(f"--jobs must be a whole number of at least 1 (got {options.jobs})")
     if options.only and options.first:
         raise PipelineError("--only and --from exclude each other")
     if options.grid and not options.list:
@@ -87,7 +87,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def chosen(options: argparse.Namespace, known: dict[str, Stage]) -> list[Stage]:
-    """The stages that the options ask for, in order."""
+    """Return the stages that the options ask for, in order."""
     ordered = chapters.in_order(known)
     numbers = [stage.number for stage in ordered]
     wanted = [word.strip() for item in options.only for word in item.split(",") if word.strip()]
@@ -101,18 +101,18 @@ def chosen(options: argparse.Namespace, known: dict[str, Stage]) -> list[Stage]:
 
 
 def selection(options: argparse.Namespace) -> list[str]:
-    """The options that choose notebooks, as they were given."""
+    """Return the options that choose notebooks, as they were given."""
     return ["--only", ",".join(options.only)] * bool(options.only) + ["--from", options.first] * bool(options.first)
 
 
 def go_on(options: argparse.Namespace, stage: Stage, selected: list[Stage]) -> str:
-    """How to call the pipeline to go on with a stage that did not end."""
+    """Return how to call the pipeline to go on with a stage that did not end."""
     rest = [other.number for other in selected[selected.index(stage) :]]
     return command(options, *(["--only", ",".join(rest)] if options.only else ["--from", stage.number]))
 
 
 def command(options: argparse.Namespace, *more: str) -> str:
-    """How to call the pipeline with the same profile, seed and settings."""
+    """Return how to call the pipeline with the same profile, seed and settings."""
     words = ["./run_all.sh"]
     words += ["--profile", options.profile] if options.profile != "quick" else []
     words += ["--seed", str(options.seed)] if options.seed else []
@@ -171,7 +171,7 @@ def check_needs(run: Run, selected: list[Stage], known: dict[str, Stage], option
 
 
 def measure_gflops(seconds: float = 0.3, size: int = 1024) -> float:
-    """GFLOP/s of a square fp32 matrix product on the device that would train."""
+    """Return GFLOP/s of a square fp32 matrix product on the device that would train."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a = torch.randn(size, size, device=device)
     (a @ a).sum().item()
@@ -183,7 +183,7 @@ def measure_gflops(seconds: float = 0.3, size: int = 1024) -> float:
 
 
 def describe_machine(profile: str) -> str:
-    """What this machine is, and how many minutes a whole run of the profile as defined takes on it."""
+    """Return what this machine is, and how many minutes a whole run of the profile as defined takes on it."""
     speed = measure_gflops()
     memory = psutil.virtual_memory().total / 2**30
     work, fixed = WORK.get(profile, (0.0, 0.0))
@@ -252,7 +252,7 @@ def compute_cells(run: Run, options: argparse.Namespace, due: list[Stage]) -> No
 
 
 def shown(path: Path) -> str:
-    """A path as short as the reader's folder allows."""
+    """Return a path as short as the reader's folder allows."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
@@ -303,18 +303,23 @@ def in_use(run: Run) -> bool:
 def lock_workspace(run: Run) -> Iterator[None]:
     """Hold a workspace while the block runs. Raises ``PipelineError`` where another pipeline holds it."""
     run.artifacts.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_path(run), timeout=0)
     try:
-        with FileLock(lock_path(run), timeout=0):
-            yield
+        lock.acquire()
     except Timeout:
         raise PipelineError(f"{run.artifacts} is in use by another run: wait until it has ended, or end it") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def run_stages(run: Run, selected: list[Stage], notebooks: Path, known, options) -> None:
     """Run the chosen notebooks that are not fresh, with a line each."""
     started = time.time()
     if options.jobs > 1:
-        compute_cells(run, options, [s for s in selected if freshness.state(run, s, notebooks, known) != "fresh"])
+        due = [s for s in selected if options.force or freshness.state(run, s, notebooks, known) != "fresh"]
+        compute_cells(run, options, due)
     for stage in selected:
         if not options.force and freshness.state(run, stage, notebooks, known) == "fresh":
             print(f"{stage.name:22} up to date", flush=True)

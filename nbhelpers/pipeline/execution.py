@@ -34,7 +34,7 @@ def clear(copy: Path) -> None:
 
 
 def kernel_manager(environment: dict[str, str], log) -> type[AsyncKernelManager]:
-    """A kernel manager that starts the interpreter of this process, whatever kernels are installed elsewhere.
+    """Return a kernel manager that starts the interpreter of this process, whatever kernels are installed elsewhere.
 
     environment: variables added to this process's own; log: an open file for what the kernel itself prints.
     """
@@ -55,7 +55,7 @@ def kernel_manager(environment: dict[str, str], log) -> type[AsyncKernelManager]
 
 
 def kernel_environment() -> dict[str, str]:
-    """The variables that the notebooks' kernels see beside this process's own."""
+    """Return the variables that the notebooks' kernels see beside this process's own."""
     paths = [str(PROJECT), os.environ.get("PYTHONPATH", "")]
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -88,7 +88,7 @@ class Follower:
         self.bar = options if stream.isatty() else False
 
     def write(self, frame: str) -> None:
-        """What papermill's bar draws."""
+        """Return what papermill's bar draws."""
         self.cells = frame.strip("\r\n ")
         self.draw()
 
@@ -130,7 +130,7 @@ class Follower:
 
 
 def execute(notebook: Path, parameters: dict, copy: Path):
-    """The executed notebook, run in its own folder; while it runs, and when it fails, ``copy`` shows how far it got.
+    """Execute a notebook in its own folder and return it; ``copy`` shows how far it got, also when it fails.
 
     Raises ``NotebookError`` with the cell and the error.
     """
@@ -161,7 +161,7 @@ def execute(notebook: Path, parameters: dict, copy: Path):
 
 
 def cell_running(copy: Path) -> str:
-    """The last cell of an executed copy that had begun."""
+    """Return the last cell of an executed copy that had begun."""
     cells = nbformat.read(copy, as_version=4).cells if copy.is_file() else []
     for index, cell in reversed(list(enumerate(cells))):
         if cell.cell_type == "code" and cell.metadata.get("papermill", {}).get("start_time"):
@@ -170,7 +170,7 @@ def cell_running(copy: Path) -> str:
 
 
 def output_faults(notebook) -> list[str]:
-    """Error outputs and cells that were not reached: ``sys.exit(0)`` in a cell ends a notebook without an error."""
+    """Return errors shown and cells not reached: ``sys.exit(0)`` in a cell ends a notebook without an error."""
     found = []
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type == "code" and cell.source.strip():
@@ -196,7 +196,7 @@ def scrub(notebook) -> None:
 
 
 def without_paths(text: str) -> str:
-    """A text in which the project's and the workspace's folder are "." and a cell's temporary file is "<cell>"."""
+    """Return a text with "." for the project's and the workspace's folder, and "<cell>" for a temporary file."""
     for folder in sorted({str(PROJECT), str(root())}, key=len, reverse=True):
         text = text.replace(folder, ".")
     return re.sub(r"\S*ipykernel_\d+/\d+\.py", "<cell>", text)

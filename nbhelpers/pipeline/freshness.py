@@ -18,7 +18,7 @@ from nbhelpers.workspace import Run, WorkspaceError, maker_of
 
 
 def missing_needs(run: Run, stage: Stage, stages: dict[str, Stage], planned: set[str]) -> dict[str, str]:
-    """What a stage needs and neither exists nor will be made by the notebooks in ``planned``: {what: number}."""
+    """Return what a stage needs and neither exists nor will be made by the notebooks in ``planned``: {what: number}."""
     made, found = artifacts(run), {}
     for need in stage.needs:
         maker = need if need.isdigit() else maker_of(need)
@@ -43,7 +43,7 @@ def helpers_fingerprint(cells: list) -> str:
 
 
 def source_state(source: str) -> list:
-    """Names, sizes and times of change of local data or a local model; empty where ``source`` is not a path."""
+    """Return names, sizes and times of change of local data or a local model; empty where ``source`` is not a path."""
     path = Path(source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path] * path.is_file()
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
@@ -64,7 +64,7 @@ def own_parts(run: Run, stage: Stage, notebooks: Path) -> dict[str, str]:
 
 
 def expected_fingerprint(run: Run, stage: Stage, notebooks: Path, stages: dict[str, Stage]) -> str:
-    """The fingerprint that a stage would get if it and all before it were run now."""
+    """Return the fingerprint that a stage would get if it and all before it were run now."""
     inputs = {o.number: expected_fingerprint(run, o, notebooks, stages) for o in before(stage, stages)}
     return fingerprint([own_parts(run, stage, notebooks), inputs])
 
@@ -74,7 +74,7 @@ def record_path(run: Run, stage: Stage) -> Path:
 
 
 def read_record(run: Run, number: str, stages: dict[str, Stage]) -> dict:
-    """What was recorded when the notebook of this number last ended well; empty if it never did."""
+    """Return what was recorded when the notebook of this number last ended well; empty if it never did."""
     for stage in stages.values():
         path = record_path(run, stage)
         if stage.number == number and path.exists():

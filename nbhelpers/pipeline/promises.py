@@ -13,7 +13,7 @@ from nbhelpers.workspace import MODELS, Run
 
 
 def parameters_of(notebook: Path) -> set[str]:
-    """The names that the cell tagged ``parameters`` of a notebook sets.
+    """Return the names that the cell tagged ``parameters`` of a notebook sets.
 
     Read as Python: papermill's own parser skips a line whose comment has an equals sign in it.
     """
@@ -27,13 +27,13 @@ def parameters_of(notebook: Path) -> set[str]:
 
 
 def artifacts(run: Run) -> dict[str, dict]:
-    """The records of all finished artefacts of a run by name."""
+    """Return the records of all finished artefacts of a run by name."""
     folders = sorted(path.parent.name for path in run.artifacts.glob("*/artifact.json"))
     return {name: run.artifact(name) for name in folders if "." not in name}
 
 
 def broken_promises(run: Run, stage: Stage, since: float = 0.0) -> list[str]:
-    """What a stage promised and did not leave whole: one sentence each.
+    """Return what a stage promised and did not leave whole: one sentence each.
 
     since: seconds since the epoch; figures and tables that are older count as not written.
     """
@@ -62,7 +62,7 @@ def broken_promises(run: Run, stage: Stage, since: float = 0.0) -> list[str]:
 
 
 def table_faults(path: Path, gaps: tuple[str, ...]) -> list[str]:
-    """What is wrong with a table, its stage's ``gaps`` aside: empty, or numbers that are none."""
+    """Return what is wrong with a table, its stage's ``gaps`` aside: empty, or numbers that are none."""
     try:
         table = pd.read_csv(path)
     except ValueError:
@@ -81,7 +81,7 @@ def is_whole_png(path: Path) -> bool:
 
 
 def is_finite(value) -> bool:
-    """Whether a metric, with all that is nested in it, holds no empty, infinite or not-a-number value."""
+    """Return whether a metric, with all that is nested in it, holds no empty, infinite or not-a-number value."""
     if isinstance(value, dict):
         return all(map(is_finite, value.values()))
     if isinstance(value, list):
@@ -102,7 +102,7 @@ def forget_metrics(run: Run, stage: Stage) -> None:
 
 
 def count_written(run: Run, since: float) -> str:
-    """What a stage that began at ``since`` wrote, in words: ``"5 figures, 1 table, 2 models"``."""
+    """Return what a stage that began at ``since`` wrote, in words: ``"5 figures, 1 table, 2 models"``."""
     counts = {}
     for kind, suffix in {"figure": "png", "table": "csv"}.items():
         counts[kind] = sum(path.stat().st_mtime >= since for path in (run.reports / f"{kind}s").glob(f"*.{suffix}"))

@@ -158,7 +158,7 @@ def phases(run: Run, notebooks: set[str] | None = None) -> list[list[Cell]]:
             *of_scores("evaluate", "06", SCORES, lambda s, c: evaluate_recovered(run, s, c)),
         ],
     ]
-    wanted = [[cell for cell in phase if not notebooks or cell.notebook in notebooks] for phase in every]
+    wanted = [[cell for cell in phase if notebooks is None or cell.notebook in notebooks] for phase in every]
     return [phase for phase in wanted if phase]
 
 

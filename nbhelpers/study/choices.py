@@ -19,7 +19,7 @@ def decide(run: Run, name: str, candidates: pd.DataFrame, made_by: str, best: in
     candidates: one row per candidate, with its validation ``accuracy``; best: the position of another row, where the
     best accuracy is not the rule. Returns the chosen row.
     """
-    rows = json.loads(candidates.to_json(orient="records", double_precision=15))
+    rows = candidates.to_dict(orient="records")
     best = int(candidates["accuracy"].to_numpy().argmax()) if best is None else best
 
     def build(target):

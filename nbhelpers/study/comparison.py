@@ -23,7 +23,7 @@ LINES = ("fine_tuned", "fine_tuned_extra")  # the dense model, and the same with
 
 
 def compared_models(run: Run) -> list[str]:
-    """Return the models of the first seed that notebook 06 compares: dense ones, recovered, sparse, compact, and 05's."""
+    """Return the models of the first seed that notebook 06 compares: dense, recovered, sparse, compact, and 05's."""
     main, best = run.profile.main_sparsity, best_score(run)
     recovered = [model_name("recovered", c, main) for c in contenders(best_comparator(run))]
     sparse = [model_name("sparse", best, sparsity) for sparsity in converted_sparsities(run.profile)]
@@ -92,7 +92,7 @@ def rival_scores(run: Run) -> list[tuple[str, float]]:
 
 
 def rivals(run: Run) -> list[tuple[str, str]]:
-    """Return pairs of recovered models: the merge against every other score at each sparsity at which both are recovered."""
+    """Return pairs of recovered models: the merge and every other score, at each sparsity that both have."""
     names = recovered_names(run)
     return [(names["merged", s], names[c, s]) for c, s in rival_scores(run)]
 

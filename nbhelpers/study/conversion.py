@@ -19,21 +19,22 @@ def converted_sparsities(profile: Profile) -> tuple[float, ...]:
     return tuple(s for s in profile.recovery_sparsities if s >= 0.8 or s == profile.main_sparsity)
 
 
-def sparsify(
-    run: Run, criterion: str, sparsity: float, stage: str = "sparse", source: str = "recovered", backend: str = "auto"
-) -> Path:
-    """Artefact ``<stage>_<criterion>_<percent>``: the model of the stage ``source``, converted to sparse execution."""
+def sparsify(run: Run, criterion: str, sparsity: float, stage: str = "sparse", source: str = "recovered") -> Path:
+    """Artefact ``<stage>_<criterion>_<percent>``: the model of the stage ``source``, converted to sparse execution.
+
+    The file holds the weights that are left and no engine: the machine that loads it chooses.
+    """
     dense = model_name(source, criterion, sparsity)
 
     def build(target):
-        save_sparse(convert_to_sparse(run.load_model(dense), backend), target.folder)
+        save_sparse(convert_to_sparse(run.load_model(dense), "torch_csr"), target.folder)
 
-    settings = {"criterion": criterion, "sparsity": sparsity, "backend": backend}
+    settings = {"criterion": criterion, "sparsity": sparsity}
     return run.cached(model_name(stage, criterion, sparsity), settings, build, (dense,), kind="sparse", made_by="04")
 
 
 def structured_sparsities(run: Run) -> tuple[float, ...]:
-    """Return the sparsities at which whole heads and neurons are taken out: the profile's; none unless it is a GPT-2."""
+    """Return the sparsities at which whole heads and neurons are taken out: the profile's, or none without a GPT-2."""
     return run.profile.structured_sparsities if has_structures(load_config(run.folder("fine_tuned"))) else ()
 
 
@@ -54,5 +55,5 @@ def compact_model(run: Run, criterion: str, sparsity: float) -> dict:
     Returns the row of ``recover_model``, with the compact model's name as ``model``.
     """
     row = recover_model(run, criterion, sparsity, structured_masks(run, criterion, sparsity), "structured")
-    sparsify(run, criterion, sparsity, "compact", "structured", "dense")
+    sparsify(run, criterion, sparsity, "compact", "structured")
     return {"model": model_name("compact", criterion, sparsity), **row}

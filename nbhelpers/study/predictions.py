@@ -1,4 +1,4 @@
-"""Logits of a run's models on its reviews, once per model and split; and the rule that the test reviews are used once."""
+"""Logits of a run's models, once per model and split; and the rule that the test reviews are used once."""
 
 import copy
 import hashlib

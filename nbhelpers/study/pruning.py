@@ -48,7 +48,7 @@ def prune_model(run: Run, masks_: dict[str, torch.Tensor]) -> torch.nn.Module:
 
 
 def pruned_sparsities(profile: Profile) -> tuple[float, ...]:
-    """Return the sparsities at which models are evaluated right after pruning: those of the profile, and the main one."""
+    """Return the sparsities at which models are evaluated right after pruning: the profile's and the main one."""
     return tuple(dict.fromkeys((*profile.sparsities, profile.main_sparsity)))
 
 
@@ -261,7 +261,7 @@ def recover_otherwise(run: Run, method: str, criterion: str, sparsity: float) ->
 
 
 def contenders(comparator: str) -> tuple[str, ...]:
-    """Return the scores that are recovered at every sparsity: the three criteria, their merge and the best comparator."""
+    """Return the scores that are recovered at every sparsity: three criteria, their merge, the best comparator."""
     return (*MAIN, comparator)
 
 

@@ -105,7 +105,7 @@ def student_names(profile: Profile) -> list[str]:
 
 
 def distil_variant(run: Run, variant: str, layers: int, alpha: float, temperature: float) -> dict:
-    """Train one of ``student_variants`` at an alpha and a temperature; return what it is, and its validation accuracy."""
+    """Train one of ``student_variants``; return what it is, and its validation accuracy."""
     alpha, from_teacher = 1.0 if variant == "labels_only" else alpha, variant != "distilled_random"
     curve = distil_student(run, f"{variant}_{layers}", layers, alpha, temperature, from_teacher)
     row = {"model": f"student_{variant}_{layers}", "layers": layers, "alpha": alpha, "from_teacher": from_teacher}

@@ -20,7 +20,7 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(value) -> str:
-    """A short hash of anything that JSON can write."""
+    """Return a short hash of anything that JSON can write."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 
@@ -38,7 +38,7 @@ def own_sibling(folder: Path, kind: str) -> Path:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process of this machine is there and not a zombie."""
+    """Return whether a process of this machine is there and not a zombie."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.Error as error:

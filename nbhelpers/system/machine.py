@@ -12,7 +12,7 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """The library versions and the device that stand beside every metric."""
+    """Return the library versions and the device that stand beside every metric."""
     names = ("torch", "transformers", "datasets", "accelerate", "numpy")
     found = {name: importlib.import_module(name).__version__ for name in names}
     if torch.cuda.is_available():
@@ -23,14 +23,14 @@ def versions() -> dict[str, str]:
 
 
 def computed_on(record: dict) -> str:
-    """The device that an artefact was made on, and its torch; threads do not count, they differ with ``--jobs``."""
+    """Return the device that made an artefact, and its torch; threads are left out, they differ with ``--jobs``."""
     device = re.sub(r", \d+ threads$", "", record["versions"]["device"])
     return f"{device} (torch {record['versions']['torch']})"
 
 
 @functools.cache
 def processor() -> str:
-    """The processor's name as its maker gives it, or else its architecture."""
+    """Return the processor's name as its maker gives it, or else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")  # on Linux, where ``platform`` knows no name
     text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
     name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
@@ -38,7 +38,7 @@ def processor() -> str:
 
 
 def revision() -> str:
-    """The git revision of the project's code, or "unknown" outside a checkout."""
+    """Return the git revision of the project's code, or "unknown" outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -47,5 +47,5 @@ def revision() -> str:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

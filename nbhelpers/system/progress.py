@@ -48,7 +48,7 @@ class LastLine:
 
 
 def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook."""
+    """Return whether this process is the kernel of a notebook."""
     shell = get_ipython()
     return shell is not None and "IPKernelApp" in shell.config
 
@@ -74,7 +74,7 @@ def progress(total: int | None, description: str, done: int = 0) -> tqdm:
 
 
 def track(items: Iterable, description: str) -> Iterator:
-    """The items one by one, with a bar that counts them."""
+    """Return the items one by one, with a bar that counts them."""
     items = items if isinstance(items, Sized) else list(items)
     with progress(len(items), description) as bar:
         for item in items:
