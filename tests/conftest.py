@@ -24,13 +24,14 @@ import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 PROJECT = Path(__file__).parent.parent
 
 # One: beside other work on the machine, a second thread mostly waits for the first and spins.
 torch.set_num_threads(1)
 
-# What a shell starts in the background is deaf to Ctrl-C, and so would be all that the tests start and interrupt.
+# A process that a shell starts in the background ignores Ctrl-C, and so would all processes that the tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -87,40 +88,68 @@ def alone():
         yield
 
 
-# float32, so that a second computation gives the same bits; steps large enough for weights and answers to change.
-STUDY = {"precision": "no", "learning_rate": 1e-2, "distill_learning_rate": 5e-3}
+# float32, so that a second computation gives the same bits; steps large enough for weights and predictions to change;
+# and of the comparators only the best one is recovered.
+STUDY = {"precision": "no", "learning_rate": 1e-2, "distill_learning_rate": 5e-3, "comparator_sparsities": ()}
 STUDY |= {"recovery_learning_rates": (1e-4, 1e-2), "recovery_sparsities": (0.5, 0.9)}
+
+
+def once_per_suite(tmp_path_factory, name, make):
+    """Return a folder that ``make(folder)`` has filled, once for all workers of pytest-xdist; the others wait."""
+    # A worker's own folder lies in the one that all workers of a suite share.
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.with_suffix(".complete").exists():
+            make(folder)
+            folder.with_suffix(".complete").touch()
+    return folder
+
+
+def compute_study(root):
+    """Compute what the notebooks compute, on the smallest profile with two seeds, in a workspace."""
+    from nbhelpers.profiles import get_profile
+    from nbhelpers.study import comparison, conversion, fine_tuning, inputs, pruning, students
+    from nbhelpers.study.choices import best_score
+    from nbhelpers.workspace import open_run
+
+    with pytest.MonkeyPatch.context() as patch, fresh_accelerate():
+        patch.setenv("NBHELPERS_ROOT", str(root))
+        run = open_run(get_profile("smoke", **STUDY), 0)
+        for seed_run in inputs.runs_of(run):
+            fine_tuning.finetune_model(seed_run)
+        pruning.recover_all(run)
+        students.distil_all(run)
+        students.compress_all(run)
+        best = best_score(run)
+        conversion.sparsify(run, best, 0.9)
+        conversion.compact_model(run, best, 0.5)
+        run.save_table("curves", pd.concat([pruning.pruned_curves(run), pruning.recovered_curves(run)]))
+        comparison.open_test_part(run)
+        run.save_table("comparison", comparison.comparison_table(run, ["fine_tuned", "compressed_1"]))
 
 
 @pytest.fixture(scope="session")
 def finished_study(tmp_path_factory):
-    """Everything that the notebooks compute on the smallest profile with two seeds, once for all tests."""
+    """A copy of the study that is computed once per suite, for all tests of one worker."""
     from nbhelpers.profiles import get_profile
-    from nbhelpers.study import comparison, conversion, fine_tuning, inputs, pruning, students
+    from nbhelpers.study import inputs
+    from nbhelpers.study.choices import best_comparator, best_score
     from nbhelpers.workspace import open_run
 
     root = tmp_path_factory.mktemp("study")
-    with pytest.MonkeyPatch.context() as patch, fresh_accelerate():
+    shutil.copytree(once_per_suite(tmp_path_factory, "study", compute_study), root, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NBHELPERS_ROOT", str(root))
         run = open_run(get_profile("smoke", **STUDY), 0)
-        for one in inputs.runs_of(run):
-            fine_tuning.finetune_model(one)
-        recovered, students = pruning.recover_all(run), students.distil_all(run)
-        steps = students.compress_all(run)
-        best = pruning.best_criterion(run)
-        conversion.sparsify(run, best, 0.9)
-        conversion.compact_model(run, 0.5)
-        run.save_table("curves", pd.concat([pruning.pruned_curves(run), pruning.recovered_curves(run)]))
-        comparison.open_test_part(run)
-        run.save_table("comparison", comparison.comparison_table(run, ["fine_tuned", "compressed_1"]))
-        models = [one.models() for one in inputs.runs_of(run)]
-    made = {"recovered": recovered, "students": students, "steps": steps}
-    return SimpleNamespace(root=root, run=run, best=best, models=models, **made)
+        chosen = {"best": best_score(run), "comparator": best_comparator(run)}
+        models = [seed_run.models() for seed_run in inputs.runs_of(run)]
+    return SimpleNamespace(root=root, run=run, models=models, **chosen)
 
 
 @pytest.fixture
 def study(finished_study, monkeypatch):
-    """The finished study as the workspace of one test: root, run, best (criterion), models of each seed, and tables."""
+    """The finished study as the workspace of one test: root, run, best score, best comparator, models of each seed."""
     monkeypatch.setenv("NBHELPERS_ROOT", str(finished_study.root))
     return finished_study
 

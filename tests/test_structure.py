@@ -1,4 +1,4 @@
-"""The house: imports point one way, no file is long, every package is listed, and every name of the contract is there."""
+"""The house: imports point one way, no file is long, every package is pinned, every name of the contract is there."""
 
 import ast
 import importlib
@@ -12,19 +12,60 @@ import pytest
 from nbhelpers.system.code import PACKAGE, find_file, imports_of
 
 # What may be imported by what stands further down. ``__main__`` files are entry points: they may call anything.
-ORDER = """system profiles data models selection criteria masks training evaluation distillation measurement sparse
-workspace study report exercises pipeline tools""".split()
+ORDER = [
+    "system",
+    "profiles",
+    "data",
+    "models",
+    "selection",
+    "criteria",
+    "masks",
+    "training",
+    "evaluation",
+    "distillation",
+    "measurement",
+    "sparse",
+    "workspace",
+    "study",
+    "report",
+    "exercises",
+    "pipeline",
+    "tools",
+]
 FILES = sorted(PACKAGE.rglob("*.py"))
 REQUIRED = (PACKAGE.parent / "requirements.txt").read_text(encoding="utf-8")
 # The names that outside scripts rely on.
-CONTRACT = """profiles.get_profile data.load_reviews workspace.open_run workspace.Run.models workspace.Run.load_model
-workspace.Run.predict models.prunable_weights criteria.CRITERIA masks.select sparse.SparseLinear.from_dense
-sparse.convert_gpt2_to_sparse sparse.count_actual_params models.create_model study.fine_tuning.finetune_model
-evaluation.evaluate_accuracy evaluation.evaluate_model criteria.magnitude_based_pruning criteria.movement_based_analysis
-criteria.gradient_based_analysis masks.identify_useless_parameters measurement.measure_inference_efficiency
-report.plots.compare_and_visualize data.load_validation_dataset data.IMDbDataset sparse.SparseGPT2MLP
-sparse.SparseGPT2Attention sparse.SparseGPT2Block sparse.SparseGPT2Model
-sparse.SparseGPT2ForSequenceClassification""".split()
+CONTRACT = [
+    "profiles.get_profile",
+    "data.load_reviews",
+    "workspace.open_run",
+    "workspace.Run.models",
+    "workspace.Run.load_model",
+    "workspace.Run.predict",
+    "models.prunable_weights",
+    "criteria.CRITERIA",
+    "masks.select",
+    "sparse.SparseLinear.from_dense",
+    "sparse.convert_gpt2_to_sparse",
+    "sparse.count_actual_params",
+    "models.create_model",
+    "study.fine_tuning.finetune_model",
+    "evaluation.evaluate_accuracy",
+    "evaluation.evaluate_model",
+    "criteria.magnitude_based_pruning",
+    "criteria.movement_based_analysis",
+    "criteria.gradient_based_analysis",
+    "masks.identify_useless_parameters",
+    "measurement.measure_inference_efficiency",
+    "report.plots.compare_and_visualize",
+    "data.load_validation_dataset",
+    "data.IMDbDataset",
+    "sparse.SparseGPT2MLP",
+    "sparse.SparseGPT2Attention",
+    "sparse.SparseGPT2Block",
+    "sparse.SparseGPT2Model",
+    "sparse.SparseGPT2ForSequenceClassification",
+]
 
 
 def name_of(path):

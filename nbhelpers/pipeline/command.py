@@ -70,7 +70,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--force", action="store_true", help="compute again what is up to date")
     add("--jobs", type=int, default=1, metavar="N", help="compute what is heavy in N processes first (default 1: no)")
     add("--list", action="store_true", help="say what is fresh, stale or missing, and run nothing")
-    add("--grid", action="store_true", help="with --list: a command for each heavy computation, for a cluster's queue")
     options = parser.parse_args(arguments)
     check_options(options)
     return options
@@ -82,8 +81,6 @@ def check_options(options: argparse.Namespace) -> None:
         raise PipelineError(f"--jobs must be a whole number of at least 1 (got {options.jobs})")
     if options.only and options.first:
         raise PipelineError("--only and --from exclude each other")
-    if options.grid and not options.list:
-        raise PipelineError("--grid goes with --list; to compute the grid here, give --jobs")
 
 
 def chosen(options: argparse.Namespace, known: dict[str, Stage]) -> list[Stage]:
@@ -262,11 +259,6 @@ def run_chain(options: argparse.Namespace, notebooks: Path, known: dict[str, Sta
     profile = get_profile(options.profile, **overrides_of(options.set))
     run = open_run(profile, options.seed)
     selected = chosen(options, known)
-    if options.grid:
-        from nbhelpers.pipeline.grid import print_commands
-
-        print_commands(run, overrides_of(options.set))
-        return
     check_notebooks(selected, notebooks)
     if options.list:
         running = " (a run of this profile and seed is under way)" if in_use(run) else ""

@@ -88,7 +88,7 @@ class Follower:
         self.bar = options if stream.isatty() else False
 
     def write(self, frame: str) -> None:
-        """Return what papermill's bar draws."""
+        """Draw a frame of papermill's bar."""
         self.cells = frame.strip("\r\n ")
         self.draw()
 

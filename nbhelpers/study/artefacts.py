@@ -1,14 +1,12 @@
 """Models and statistics of a run as files: their names, how they are saved and read back, their bytes."""
 
 import json
-import tempfile
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from nbhelpers.models import load_config, save_dense
-from nbhelpers.sparse import save_sparse
 from nbhelpers.training import distributed
 from nbhelpers.workspace import Run, save_tensors
 
@@ -77,9 +75,3 @@ def weight_files(folder: Path) -> list[Path]:
 def model_bytes(run: Run, name: str) -> int:
     """Return the bytes of a model's weight files."""
     return sum(path.stat().st_size for path in weight_files(run.folder(name)))
-
-
-def sparse_bytes(model) -> int:
-    """Return the bytes that the weights of a sparse model would take on disk."""
-    with tempfile.TemporaryDirectory() as folder:
-        return sum(path.stat().st_size for path in weight_files(save_sparse(model, folder)))

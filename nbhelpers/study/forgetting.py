@@ -39,11 +39,13 @@ def prune_at(run: Run, criterion: str, sparsity: float) -> torch.nn.Module:
 def unlearned(run: Run, count: int = 40) -> pd.DataFrame:
     """Return the bits per byte of each model's body as a language model, one row per model, domain and seed.
 
-    On validation reviews and on text of another domain, ``count`` each; "pruned_..." has not been recovered.
+    On validation reviews and on text of another domain, ``count`` each, or as many as there are reviews;
+    "pruned_..." has not been recovered.
     """
     main, tokenizer, scores = run.profile.main_sparsity, load_tokenizer(run.profile), contenders(best_comparator(run))
     reviews = reviews_of(run.profile, run.seed)["validation"]["text"][:]
-    texts = {"reviews": reviews[:: max(1, len(reviews) // count)][:count], "other": other_domain_texts(count)}
+    count = min(count, len(reviews))
+    texts = {"reviews": reviews[:: len(reviews) // count][:count], "other": other_domain_texts(count)}
     rows = []
     for seed_run in runs_of(run):
         recovered = [model_name("recovered", score, main) for score in scores]

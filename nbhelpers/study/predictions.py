@@ -1,6 +1,5 @@
 """Logits of a run's models, once per model and split; and the rule that the test reviews are used once."""
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -11,8 +10,6 @@ import torch
 from filelock import FileLock
 from scipy.special import softmax
 
-from nbhelpers.data import IMDbDataset
-from nbhelpers.distillation import distillation_loss
 from nbhelpers.evaluation import evaluate_accuracy, predict_logits
 from nbhelpers.study.artefacts import is_sparse, on_device
 from nbhelpers.study.inputs import dataset, pick, reviews_fingerprint, reviews_of, runs_of
@@ -136,21 +133,3 @@ def validator(run: Run) -> Callable[[torch.nn.Module], float]:
 def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Return P(class) [n, classes] of logits, softened by a temperature."""
     return softmax(logits / temperature, axis=-1)
-
-
-# --- the fine-tuned model as a teacher ---
-
-
-def teacher_data_and_loss(run: Run, alpha: float, temperature: float) -> tuple[IMDbDataset, Callable]:
-    """Return the training reviews with the fine-tuned model's logits, and the loss that uses them.
-
-    The logits are those of eval mode, computed once for all students.
-    """
-    data = copy.copy(dataset(run, "train"))
-    data.teacher_logits = split_logits(run, "fine_tuned", "train")
-
-    def loss(model, batch):
-        logits = model(input_ids=batch["input_ids"]).logits
-        return distillation_loss(batch["teacher_logits"], logits, batch["labels"], alpha, temperature)
-
-    return data, loss

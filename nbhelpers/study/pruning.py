@@ -19,11 +19,11 @@ from nbhelpers.study.choices import best_comparator, decide, recovery_rate
 from nbhelpers.study.inputs import TRAIN_FIELDS, dataset, pick, reviews_fingerprint, runs_of
 from nbhelpers.study.predictions import (
     answers_right,
-    teacher_data_and_loss,
     validation_accuracy,
     validator,
 )
 from nbhelpers.study.scoring import MAIN, SCORES, build_scores, calibrate_model, calibration_rows, scores_of
+from nbhelpers.study.teacher import teacher_data_and_loss
 from nbhelpers.system.progress import track
 from nbhelpers.training import distributed, recipe_for, train
 from nbhelpers.training.observers import calibrate

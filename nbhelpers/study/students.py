@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tempfile
 
 import pandas as pd
 import torch
@@ -17,13 +18,14 @@ from nbhelpers.study.artefacts import (
     on_device,
     read_history,
     save_trained,
-    sparse_bytes,
+    weight_files,
     write_history,
 )
 from nbhelpers.study.choices import decide, distillation_scales
 from nbhelpers.study.inputs import TRAIN_FIELDS, dataset, pick
-from nbhelpers.study.predictions import teacher_data_and_loss, validation_accuracy, validator
+from nbhelpers.study.predictions import validation_accuracy, validator
 from nbhelpers.study.scoring import calibration_rows
+from nbhelpers.study.teacher import teacher_data_and_loss
 from nbhelpers.training import recipe_for, train
 from nbhelpers.training.observers import calibrate
 from nbhelpers.workspace import Run
@@ -128,6 +130,12 @@ def taylor_masks(run: Run, model, sparsity: float) -> dict[str, torch.Tensor]:
     observed = calibrate(model, *calibration_rows(run, run.profile.calibration_reviews))
     weights = {name: weight.detach() for name, weight in prunable_weights(model).items()}
     return selection.select(criteria.COMPARATORS["taylor"](weights, observed), sparsity)
+
+
+def sparse_bytes(model) -> int:
+    """Return the bytes that the weights of a sparse model would take on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        return sum(path.stat().st_size for path in weight_files(save_sparse(model, folder)))
 
 
 def compress_student(run: Run, layers: int) -> pd.DataFrame:

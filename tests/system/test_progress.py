@@ -1,21 +1,17 @@
-"""What is said of a computation's progress: in a terminal, in a log, in a file for the pipeline, and nowhere."""
+"""Progress of a computation: a bar in a terminal, lines in a log, a file for the pipeline, or nothing."""
 
-import io
 import os
 import pty
 import re
 import subprocess
 import sys
 import termios
-import time
 
 import pytest
+from conftest import PROJECT
 
-from nbhelpers.pipeline import execution
 from nbhelpers.system import progress
-from nbhelpers.system.progress import LastLine, Lines, track
-
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from nbhelpers.system.progress import LastLine, track
 
 
 @pytest.fixture
@@ -49,12 +45,6 @@ def test_a_bar_within_a_bar_moves_no_cursor(watched, monkeypatch, tmp_path, caps
     assert all(re.fullmatch(r"((outer|inner): \d+ %, [\d:?]+ left)?", frame) for frame in written) and any(written)
 
 
-def test_what_ends_soon_says_nothing_in_a_log(monkeypatch, capsys):
-    monkeypatch.delenv("NBHELPERS_BATCH")
-    list(track(range(100), "counting"))
-    assert capsys.readouterr() == ("", "")
-
-
 def test_a_batch_run_that_nobody_follows_is_silent(monkeypatch, capsys):
     monkeypatch.setattr(progress, "DELAY", 0)
     assert "NBHELPERS_BATCH" in os.environ
@@ -81,22 +71,14 @@ def test_what_has_no_known_end_is_named_at_once(watched, monkeypatch, capsys):
         assert capsys.readouterr().err == "fitting ...\n"
 
 
-def test_the_streams_drop_what_only_clears_a_line(tmp_path):
-    stream = io.StringIO()
-    Lines(stream).write("\r        \r")
-    assert stream.getvalue() == ""
-    LastLine(tmp_path / "state").write("\r   half   ")
-    assert (tmp_path / "state").read_text() == "half"
-
-
 def test_a_terminal_gets_a_bar_that_is_gone_in_the_end():
     code = (
-        "import time; from nbhelpers import progress; progress.DELAY = 0\n"
+        "import time; from nbhelpers.system import progress; progress.DELAY = 0\n"
         "for _ in progress.track(range(3), 'counting'): time.sleep(0.6)"
     )
     mine, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    environment = {k: v for k, v in os.environ.items() if k != "NBHELPERS_BATCH"} | {"PYTHONPATH": PROJECT}
+    environment = {k: v for k, v in os.environ.items() if k != "NBHELPERS_BATCH"} | {"PYTHONPATH": str(PROJECT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, stderr=theirs, stdout=subprocess.PIPE)
     said = os.read(mine, 65536).decode()
     os.close(theirs)
@@ -105,37 +87,3 @@ def test_a_terminal_gets_a_bar_that_is_gone_in_the_end():
     assert re.search(r"counting:\s+33%.*<00:0", said)
     # The last thing written clears the line.
     assert said.rstrip("\r").split("\r")[-1].strip() == ""
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def until(condition):
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < 20
-        time.sleep(0.05)
-
-
-def test_the_pipeline_shows_cells_and_computation_in_one_line_of_a_terminal(tmp_path):
-    state, stream = tmp_path / "state", Terminal()
-    with execution.Follower("01_fine_tune", state, stream) as follower:
-        follower.write("\r01_fine_tune |##  | cell 2 of 4")
-        state.write_text("fine-tuning: 40 %, 01:10 left")
-        until(lambda: "40 %" in stream.getvalue())
-    frames = stream.getvalue().split("\r")
-    assert any("cell 2 of 4  fine-tuning: 40 %, 01:10 left" in frame for frame in frames)
-    assert frames[-1] == "\x1b[K" and not state.exists()
-
-
-def test_the_pipeline_says_a_line_now_and_then_in_a_pipe(tmp_path, monkeypatch):
-    monkeypatch.setattr(execution, "IN_LOGS", 0)
-    state, stream = tmp_path / "state", io.StringIO()
-    with execution.Follower("01_fine_tune", state, stream) as follower:
-        assert follower.bar is False
-        state.write_text("fine-tuning: 40 %, 01:10 left")
-        until(stream.getvalue)
-    assert "\r" not in stream.getvalue()
-    assert stream.getvalue().splitlines()[0] == f"{'01_fine_tune':22} fine-tuning: 40 %, 01:10 left"

@@ -1,21 +1,18 @@
-"""The models of a finished study side by side, against what each of them answers when it is asked by itself."""
+"""The comparison of a finished study, against predictions of each model by itself."""
 
 import dataclasses
 import functools
 import itertools
-import re
 
 import numpy as np
 import pytest
 
 from nbhelpers.evaluation import holm, mcnemar, sign_flip_test
 from nbhelpers.models import load_tokenizer, prunable_weights
-from nbhelpers.profiles import get_profile
-from nbhelpers.report import words
 from nbhelpers.selection import select
 from nbhelpers.study import artefacts, comparison, forgetting, inputs, predictions, pruning, scoring
 from nbhelpers.study.forgetting import as_language_model, bits_per_byte, other_domain_texts
-from nbhelpers.workspace import Run, WorkspaceError, open_run
+from nbhelpers.workspace import Run, open_run
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -25,7 +22,7 @@ LINES = ("fine_tuned", "fine_tuned_extra")
 
 @functools.cache
 def right(run: Run, name: str, split: str = "test", seeds: int = 2) -> np.ndarray:
-    """Which reviews a model of the first seeds gets right, from its predictions on the texts: [seeds, n]."""
+    """Which reviews a model of the first seeds predicts right, from its predictions on the texts: [seeds, n]."""
     reviews = inputs.reviews_of(run.profile, run.seed)[split]
     answers = [one.predict(name, reviews["text"][:]) > 0.5 for one in inputs.runs_of(run)[:seeds]]
     return np.stack(answers) == np.array(reviews["label"], bool)
@@ -38,7 +35,7 @@ def test_compared_are_the_dense_the_recovered_the_sparse_the_compact_and_the_stu
     assert comparison.compared_models(study.run) == [
         "fine_tuned",
         "fine_tuned_extra",
-        *(f"recovered_{criterion}_90" for criterion in (*MAIN, pruning.best_comparator(study.run))),
+        *(f"recovered_{criterion}_90" for criterion in (*MAIN, study.comparator)),
         f"sparse_{study.best}_90",
         f"compact_{study.best}_50",
         "student_distilled_1",
@@ -48,7 +45,7 @@ def test_compared_are_the_dense_the_recovered_the_sparse_the_compact_and_the_stu
     ]
 
 
-def test_the_comparison_has_a_row_a_model_and_the_columns_of_the_contract(study):
+def test_the_comparison_has_a_row_per_model_and_the_columns_of_the_contract(study):
     run, sparse = study.run, f"sparse_{study.best}_90"
     recovered = f"recovered_{study.best}_90"
     names = comparison.compared_models(run)
@@ -84,15 +81,10 @@ def test_the_comparison_has_a_row_a_model_and_the_columns_of_the_contract(study)
     assert table.loc[sparse, "file_bytes"] < table.loc["fine_tuned", "file_bytes"]
 
 
-def test_a_comparison_without_its_models_says_which_notebook_to_run(workspace):
-    with pytest.raises(WorkspaceError, match=r"is missing .* run notebook 03"):
-        comparison.compared_models(open_run(get_profile("smoke"), 0))
-
-
 # --- over seeds ---
 
 
-def test_answers_are_of_all_seeds_where_all_have_the_model_and_of_the_first_otherwise(study):
+def test_results_are_of_all_seeds_where_all_have_the_model_and_of_the_first_otherwise(study):
     names = ["fine_tuned", "recovered_movement_50", "student_distilled_1", "tfidf"]
     found = comparison.answers_of_all(study.run, names)
     assert list(found) == names
@@ -110,10 +102,8 @@ def test_answers_are_of_all_seeds_where_all_have_the_model_and_of_the_first_othe
 
 
 def test_the_merge_is_compared_with_every_other_score_at_each_sparsity_at_which_both_are_recovered(study):
-    run, best = study.run, pruning.best_comparator(study.run)
-    others = [c for c in ("random", "taylor", "fisher", "movement_first_order", "wanda") if c != best]
-    expected = [(c, s) for s in (50, 90) for c in ("magnitude", "movement", "gradient", best)]
-    expected += [(c, 90) for c in others]
+    run = study.run
+    expected = [(c, s) for s in (50, 90) for c in ("magnitude", "movement", "gradient", study.comparator)]
     pairs = [(f"recovered_merged_{percent}", f"recovered_{c}_{percent}") for c, percent in expected]
     assert sorted(comparison.rivals(run)) == sorted(pairs)
     table = comparison.compare_rivals(run)
@@ -133,18 +123,18 @@ def test_the_merge_is_compared_with_every_other_score_at_each_sparsity_at_which_
 
 def test_a_score_that_was_recovered_where_the_merge_was_not_is_no_rival(study):
     changed = dataclasses.replace(study.run.profile, recovery_sparsities=(0.9,), comparator_sparsities=(0.5,))
-    run, best = open_run(changed, 0), pruning.best_comparator(study.run)
-    expected = [("recovered_merged_90", f"recovered_{c}_90") for c in ("magnitude", "movement", "gradient", best)]
-    assert sorted(comparison.rivals(run)) == sorted(expected)
+    others = ("magnitude", "movement", "gradient", study.comparator)
+    expected = [("recovered_merged_90", f"recovered_{c}_90") for c in others]
+    assert sorted(comparison.rivals(open_run(changed, 0))) == sorted(expected)
 
 
-# --- what was unlearned ---
+# --- language modelling that was unlearned ---
 
 
-def test_what_was_unlearned_has_a_row_a_model_domain_and_seed(study):
+def test_bits_per_byte_have_a_row_per_model_domain_and_seed(study):
     table = forgetting.unlearned(study.run, count=2)
     assert list(table) == ["model", "domain", "seed", "bits_per_byte"]
-    scores = (*MAIN, pruning.best_comparator(study.run))
+    scores = (*MAIN, study.comparator)
     pruned = [f"{stage}_{score}_90" for score in scores for stage in ("pruned", "recovered")]
     names = ["pretrained", "fine_tuned", "fine_tuned_extra", *pruned]
     found = sorted(table[["model", "domain", "seed"]].itertuples(index=False, name=None))
@@ -172,7 +162,7 @@ TESTS = ("merge", "comparator", "control", "kept", "compressed")
 
 @pytest.fixture
 def answers(study, monkeypatch):
-    """Right answers on the test reviews: models this small answer all alike; these differ, some beyond chance."""
+    """Made-up test results: models this small predict all alike; these differ, some of them significantly."""
     rng, answers = np.random.default_rng(0), {}
     for i, name in enumerate([*LINES, *comparison.recovered_names(study.run).values()]):
         answers[name] = rng.random((2, 300)) < 0.7 + 0.015 * i
@@ -182,8 +172,8 @@ def answers(study, monkeypatch):
 
 def test_the_finding_is_chosen_on_validation_and_measured_on_the_test_reviews(study, answers, monkeypatch):
     # Not the best single criterion, so that the two are told apart.
-    run, best, comparator = study.run, "merged", pruning.best_comparator(study.run)
-    monkeypatch.setattr(comparison, "best_criterion", lambda run: best)
+    run, best, comparator = study.run, "merged", study.comparator
+    monkeypatch.setattr(comparison, "best_score", lambda run: best)
     found = comparison.find(run)
 
     def share(criterion, percent):
@@ -224,7 +214,7 @@ def test_the_finding_is_chosen_on_validation_and_measured_on_the_test_reviews(st
     assert found["dense"]["accuracy"] == pytest.approx(answers["fine_tuned"].mean())
 
 
-def test_the_finding_sets_every_higher_sparsity_against_the_control(study, answers, monkeypatch):
+def test_the_finding_compares_every_higher_sparsity_with_the_control(study, answers, monkeypatch):
     monkeypatch.setattr(comparison, "answers_right", lambda run, name, split: answers["fine_tuned"][0])
     run = dataclasses.replace(study.run, profile=dataclasses.replace(study.run.profile, main_sparsity=0.5))
     found = comparison.find(run)
@@ -236,14 +226,14 @@ def test_the_finding_sets_every_higher_sparsity_against_the_control(study, answe
     assert [one["p_adjusted"] for one in family] == holm([one["p_value"] for one in family])
 
 
-def test_answers_on_the_test_reviews_choose_nothing(study, monkeypatch):
+def test_results_on_the_test_reviews_choose_nothing(study, monkeypatch):
     logits = predictions.split_logits
 
     def turned(run, name, split):
         return (-1 if split == "test" else 1) * logits(run, name, split)
 
     before = comparison.find(study.run)
-    monkeypatch.setattr(experiments, "split_logits", turned)
+    monkeypatch.setattr(predictions, "split_logits", turned)
     after = comparison.find(study.run)
     for key in ("best", "own", "single", "comparator_name", "recovery"):
         assert after[key] == before[key]
@@ -264,86 +254,3 @@ def test_rows_of_the_test_reviews_in_the_curves_choose_nothing(study):
         assert comparison.find(study.run) == before
     finally:
         study.run.save_table("curves", curves)
-
-
-def numbers(row: dict) -> str:
-    return f"{100 * row['difference']:+z.1f} points ({100 * row['low']:+z.1f} to {100 * row['high']:+z.1f}, p"
-
-
-def test_the_text_of_the_finding_says_its_numbers(study):
-    study.run.record("finding", **comparison.find(study.run))
-    found = study.run.results()["finding"]
-    text = words.finding_text(found)
-    assert "24 test reviews, 2 seeds" in text
-    for row in (*found["leaders"], *(found[test] for test in TESTS)):
-        assert numbers(row) in text
-    for row in found["leaders"]:
-        assert f"at {row['sparsity']:.0%} ({row['accuracy']:.1%}; " in text
-    recovery = found["recovery"]
-    assert f"{recovery['before']:.1%} right after pruning, {recovery['after']:.1%} after recovery" in text
-    assert f"({found['dense']['accuracy']:.1%})" in text
-    assert not re.search(r"\b(nan|inf|None)\b", text)
-    assert "_" not in text
-
-
-def difference(points: float, p_adjusted: float) -> dict:
-    return {
-        "difference": points / 100,
-        "low": points / 100 - 0.01,
-        "high": points / 100 + 0.01,
-        "p_adjusted": p_adjusted,
-    }
-
-
-@pytest.mark.parametrize(
-    ("row", "words", "verdict"),
-    [
-        (difference(2.0, 0.01), "+2.0 points (+1.0 to +3.0, p = 0.01)", "better beyond chance"),
-        (difference(-2.0, 0.0499), "-2.0 points (-3.0 to -1.0, p = 0.05)", "worse beyond chance"),
-        (difference(0.5, 0.05), "+0.5 points (-0.5 to +1.5, p = 0.05)", "not distinguishable from none"),
-        (difference(-9.0, 1e-9), "-9.0 points (-10.0 to -8.0, p < 0.001)", "worse beyond chance"),
-        (difference(0.0, 1.0), "+0.0 points (-1.0 to +1.0, p = 1)", "not distinguishable from none"),
-    ],
-)
-def test_a_difference_in_words(row, words, verdict):
-    assert words.points(row) == words
-    assert words.verdict(row) == verdict
-
-
-def test_a_finding_in_words_worked_out_by_hand():
-    lead = {"sparsity": 0.5, "best": "merged", "second": "magnitude", "accuracy": 0.871, **difference(1.0, 0.02)}
-    found = {
-        "seeds": 1,
-        "test_reviews": 2500,
-        "sparsity": 0.9,
-        "best": "merged",
-        "own": "merged",
-        "single": "magnitude",
-        "comparator_name": "movement_first_order",
-        "leaders": [lead, {**lead, "sparsity": 0.9, "best": "movement_first_order", **difference(0.2, 0.4)}],
-        "merge": difference(1.5, 0.001),
-        "comparator": difference(-1.0, 0.2),
-        "control": difference(0.3, 0.6),
-        "kept": difference(-3.0, 1e-5),
-        "further": [{"sparsity": 0.95, "best": "movement_first_order", **difference(-0.04, 0.7)}],
-        "compressed": difference(-0.6, 0.3)
-        | {"layers": 1, "encoder_sparsity": 0.912, "speedup": 11.96, "times_smaller": 25.3, "file_bytes": 546_000},
-        "recovery": {"before": 0.612, "after": 0.843},
-        "dense": {"accuracy": 0.88},
-    }
-    text = words.finding_text(found)
-    for words in (
-        "same 2,500 test reviews, one seed",
-        "merged at 50% (87.1%; +1.0 points (+0.0 to +2.0, p = 0.02) to magnitude), movement first order at 90% (87.1%;",
-        "Leads beyond chance: 1 of 2.",
-        "At 90%, the merge against magnitude: +1.5 points (+0.5 to +2.5, p = 0.001): better beyond chance.",
-        "Movement first order, its best score right after pruning, against merged: -1.0 points (-2.0 to +0.0, p = 0.2)",
-        "p = 0.2): not distinguishable from none.",
-        "Merged at 90% (validation): 61.2% right after pruning, 84.3% after recovery.",
-        "change the dense model (88.0%) by +0.3 points (-0.7 to +1.3, p = 0.6).",
-        "1 layer left, 91% of the block weights removed, a low-rank embedding, int8: 12.0 times as fast as the",
-        "25 times smaller (0.55 MB), at -0.6 points (-1.6 to +0.4, p = 0.3) to it, first seed: not distinguishable",
-        "removing 90% of the block weights is worth -3.0 points (-4.0 to -2.0, p < 0.001): worse beyond chance; "
-        "95% (movement first order) +0.0 points (-1.0 to +1.0, p = 0.7): not distinguishable from none.",
-    ):
-        assert words in text

@@ -3,7 +3,6 @@
 import builtins
 import errno
 import io
-import json
 import re
 
 import matplotlib.pyplot as plt
@@ -13,9 +12,8 @@ import safetensors.torch
 from conftest import STUDY, fresh_accelerate
 from safetensors import SafetensorError
 
-from nbhelpers import masks, models
 from nbhelpers.profiles import get_profile
-from nbhelpers.study import conversion, fine_tuning, predictions, pruning, scoring, students
+from nbhelpers.study import conversion, fine_tuning, predictions, pruning, scoring
 from nbhelpers.workspace import open_run
 
 
@@ -32,7 +30,7 @@ class FullDisk:
     def is_full(self, path) -> bool:
         # The process number in a folder's name is another one each time.
         name = re.sub(r"\.[^./]+-\d+\.partial", "", str(path))
-        if not name.startswith(str(self.root)) or name in self.failed or ".running" in name:
+        if not name.startswith(str(self.root)) or name in self.failed or name.endswith(".lock"):
             return False
         self.failed.append(name)
         return True
@@ -56,28 +54,17 @@ class FullDisk:
 
 
 def stages(run):
-    """Everything that the notebooks write, each artefact at least once."""
-
-    def structured():
-        parts = models.structures(run.load_model("fine_tuned"))
-        chosen = masks.select_structures(scoring.scores_of(run, "gradient"), parts, 0.5)
-        pruning.recover_model(run, "gradient", 0.5, chosen, "structured")
-
+    """One artefact, table, figure or record of each kind that the notebooks write."""
     figure, ax = plt.subplots()
     ax.plot([0, 1])
     return [
         lambda: fine_tuning.finetune_model(run),
-        *(lambda name=name: scoring.scores_of(run, name) for name in ("merged", "wanda")),
-        *(lambda name=name: pruning.pruned_logits(run, name) for name in ("gradient", "sparsegpt")),
-        lambda: pruning.train_control(run),
-        *(lambda share=share: pruning.recover_model(run, "gradient", share) for share in (0.5, 0.9)),
-        *(lambda way=way: pruning.recover_otherwise(run, way, "gradient", 0.9) for way in ("gradual", "taught")),
-        lambda: conversion.sparsify(run, "gradient", 0.9),
-        structured,
-        lambda: conversion.sparsify(run, "gradient", 0.5, "compact", "structured", "dense"),
-        lambda: students.distil_student(run, "distilled_1", 1, 0.5, 2.0),
-        lambda: predictions.open_test(run, ["fine_tuned", "sparse_gradient_90", "tfidf"]),
-        *(lambda n=n: predictions.split_logits(run, n, "test") for n in ("fine_tuned", "sparse_gradient_90", "tfidf")),
+        lambda: scoring.scores_of(run, "gradient"),
+        lambda: pruning.scan_recovery_rates(run, "gradient"),
+        lambda: pruning.recover_model(run, "gradient", 0.5),
+        lambda: conversion.sparsify(run, "gradient", 0.5),
+        lambda: predictions.open_test(run, ["fine_tuned"]),
+        lambda: predictions.split_logits(run, "fine_tuned", "test"),
         lambda: run.save_table("table", pd.DataFrame({"a": [1.0, 2.0]})),
         lambda: run.record("section", metric=1.0),
         lambda: run.save_figure("figure", figure),
@@ -85,29 +72,28 @@ def stages(run):
 
 
 def whole(run):
-    """The checksums of all that is there, after everything was found to be complete."""
+    """The checksums of all artefacts, after everything was found to be complete."""
     found = {}
     for folder in run.artifacts.glob("*"):
         assert not folder.name.endswith((".partial", ".old")), f"{folder.name} is left over"
         if folder.is_dir() and not folder.name.endswith(".checkpoint"):
             run.folder(folder.name)  # raises where a file is missing or has another checksum
             found[folder.name] = run.artifact(folder.name)["files"]
-    if (run.artifacts / "test_part.json").exists():
-        json.loads((run.artifacts / "test_part.json").read_text())
+    predictions.read_studies()  # raises where the register is half written
     assert run.results() in ({}, {"section": {"metric": 1.0}, "run": run.results().get("run")})
     return found
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What all stages leave on a disk that is full at each write in turn, and on one that never is."""
+    """What the stages leave on a disk that is full at each write in turn, and on one that never is."""
     found = {}
     for name in ("never full", "full"):
         root = tmp_path_factory.mktemp("faults")
         with pytest.MonkeyPatch.context() as patch, fresh_accelerate():
             patch.setenv("NBHELPERS_ROOT", str(root))
             patch.setenv("NBHELPERS_CHECKPOINT_SECONDS", "0")
-            run = open_run(get_profile("smoke", **STUDY | {"seeds": 1}), 0)
+            run = open_run(get_profile("smoke", **STUDY | {"seeds": 1, "train_size": 16}), 0)
             disk, errors = FullDisk(root, patch) if name == "full" else None, []
             for stage in stages(run):
                 while True:
@@ -118,7 +104,7 @@ def runs(tmp_path_factory):
                     except (OSError, SafetensorError) as error:
                         errors.append(str(error))
                     after = whole(run)
-                    assert before.items() <= after.items(), "what was there is there still"
+                    assert before.items() <= after.items(), "nothing is lost"
             left = [path.name for path in run.artifacts.iterdir() if path.name.endswith(".checkpoint")]
             found[name] = {"files": whole(run), "errors": errors, "disk": disk, "left": left, "results": run.results()}
     return found
@@ -126,7 +112,7 @@ def runs(tmp_path_factory):
 
 def test_every_write_has_failed_once_and_said_so(runs):
     disk, errors = runs["full"]["disk"], runs["full"]["errors"]
-    assert len(errors) == len(disk.failed) > 100
+    assert len(errors) == len(disk.failed) > 30
     assert all("No space left on device" in error for error in errors)
     names = " ".join(disk.failed)
     for part in (
@@ -134,16 +120,17 @@ def test_every_write_has_failed_once_and_said_so(runs):
         "artifact.json",
         "model.safetensors",
         "config.json",
+        "test_reviews.json",
         "figure.png",
         "table.csv",
     ):
         assert part in names, part
 
 
-def test_afterwards_all_is_what_it_is_where_the_disk_is_never_full(runs):
+def test_afterwards_all_is_as_on_a_disk_that_is_never_full(runs):
     expected, found = (runs[name]["files"] for name in ("never full", "full"))
     assert runs["never full"]["errors"] == []
-    assert expected.keys() == found.keys() and len(expected) > 20
+    assert expected.keys() == found.keys() and len(expected) >= 8
     for name, files in expected.items():
         # Histories hold seconds.
         same = [file for file in files if file.endswith(".safetensors")]

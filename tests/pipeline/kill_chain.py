@@ -1,10 +1,10 @@
 """Kill a run at random moments, go on each time, and compare what it ends with to a run that was left alone.
 
-    .venv/bin/python tests/kill_chain.py --profile quick --kills 20 --folder /tmp/killed
-    .venv/bin/python tests/kill_chain.py ... --left-alone .       # a workspace that has been run already
+    .venv/bin/python tests/pipeline/kill_chain.py --profile quick --kills 20 --folder /tmp/killed
+    .venv/bin/python tests/pipeline/kill_chain.py ... --left-alone .       # a workspace that has been run already
 
-Whatever hangs on how fast the machine was is left out of the comparison: times, and which engine a sparse layer was
-given. All else has to be equal: weights, scores and answers bit for bit, tables and metrics to the last digit.
+Left out of the comparison are times, and results that depend on them: each sparse layer takes the engine that was
+fastest. All else has to be equal: weights, scores and logits bit for bit, tables and metrics to the last digit.
 """
 
 import argparse
@@ -20,12 +20,14 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
-PROJECT = Path(__file__).parent.parent
-# Names of columns that say how long something took.
-TIMED = re.compile(r"minutes|seconds|speedup|latency|_ms|gflops")
+PROJECT = Path(__file__).parents[2]
+# Names of columns that depend on the time that something took, or on the engine that was fastest.
+TIMED = re.compile(r"minutes|seconds|speedup|latency|_ms|gflops|memory")
+# Sections and metrics that are not compared: captions quote timings, and the code may have been committed meanwhile.
+SKIPPED = ("timings", "captions", "run.revision", "sparse.largest_logit_difference")
 TIMED_TABLES = ("engines", "break_even", "latency", "student_speed")
-# Made of engines that were chosen by their speed: equal up to rounding, which is tested elsewhere.
-TIMED_ARTEFACTS = re.compile(r"^(logits_)?(sparse|compact)_")
+# Computed on engines that were chosen by their speed: equal up to rounding, which is tested elsewhere.
+TIMED_ARTEFACTS = re.compile(r"^((logits_)?(sparse|compact)_|logits_compressed_)")
 
 
 def command(arguments: argparse.Namespace) -> list[str]:
@@ -72,7 +74,7 @@ def run_and_kill(arguments: argparse.Namespace, root: Path, usual: float) -> int
 
 
 def minutes_of(root: Path, profile: str) -> float:
-    """How long the notebooks of a finished run have taken, from what is on record of them."""
+    """Return how long the notebooks of a finished run took, from their records."""
     records = [json.loads(path.read_text()) for path in (root / ".artifacts" / profile).glob("seed-0/stages/*.json")]
     return sum(record["minutes"] for record in records)
 
@@ -86,8 +88,8 @@ def last_line(root: Path) -> str:
 
 
 def metrics(value, name: str = ""):
-    """Every number and text of ``results.json`` by its path; timings and captions, which quote them, left out."""
-    if name in ("timings", "captions"):
+    """Return every number and text of ``results.json`` by its path, without those in ``SKIPPED``."""
+    if name in SKIPPED:
         return {}
     if isinstance(value, dict):
         return {k: v for key, part in value.items() for k, v in metrics(part, f"{name}.{key}".strip(".")).items()}
@@ -106,7 +108,7 @@ def tables(reports: Path) -> dict[str, str]:
 
 
 def artefacts(folder: Path) -> dict[str, str]:
-    """The checksums of all weights, scores and answers."""
+    """The checksums of all weights, scores and logits."""
     found = {}
     for path in sorted(folder.glob("seed-*/*/artifact.json")):
         if not TIMED_ARTEFACTS.search(path.parent.name):
@@ -124,7 +126,7 @@ def everything(root: Path, profile: str) -> dict[str, dict]:
 
 
 def leftovers(root: Path) -> list[str]:
-    """What should not be there after a run: half-written folders and checkpoints."""
+    """Return half-written folders and checkpoints, none of which may be left after a run."""
     folders = [*root.glob(".artifacts/*/seed-*/*.partial"), *root.glob(".artifacts/*/seed-*/*.checkpoint")]
     return [folder.name for folder in folders]
 
