@@ -307,6 +307,7 @@ class Run:
             partial = path.with_name(path.name + ".partial")
             figure.savefig(partial, format=kind, **options)
             partial.replace(path)
+            figure.set_layout_engine("none")  # to lay it out again takes as long as to draw it
 
 
 def module_of(build: Callable) -> str:

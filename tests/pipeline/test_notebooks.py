@@ -177,9 +177,7 @@ def test_the_notebooks_find_the_artefacts_of_the_cells(run):
     begun = (run.reports / "figures" / "01_lengths.png").stat().st_mtime
     heavy = [r for one in runs_of(run) for r in artifacts(one).values() if r["name"].startswith(HEAVY)]
     assert {r["seed"] for r in heavy} == {0, 1} and {r["name"] for r in heavy} >= {"fine_tuned", "student_distilled_1"}
-    late = [r["name"] for r in heavy if datetime.datetime.fromisoformat(r["created"]).timestamp() > begun]
-    # The scores that are not recovered are scanned by notebook 03 alone.
-    assert [name for name in late if not name.startswith("rates_")] == []
+    assert [r["name"] for r in heavy if datetime.datetime.fromisoformat(r["created"]).timestamp() > begun] == []
 
 
 def test_every_promise_is_kept_and_nothing_unpromised_is_written(run):
