@@ -33,7 +33,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def own_sibling(folder: Path, kind: str) -> Path:
-    """Where this process, of all that may write into one workspace from several machines, keeps part of a folder."""
+    """Return where this process, of all that may write into one workspace, keeps its part of a folder."""
     return folder.with_name(f"{folder.name}.{platform.node()}-{os.getpid()}.{kind}")
 
 
