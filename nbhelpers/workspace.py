@@ -227,8 +227,10 @@ class Run:
 
     def predict(self, name: str, texts: list[str]) -> np.ndarray:
         """Return P(positive) [n] of texts, with the run's own cleaning, tokenising, truncation and precision."""
-        options = self.inference_options(sparse=self.artifact(name)["kind"] == "sparse")
-        logits = predict_logits(self.load_model(name), self.encode(texts), **options)
+        sparse = self.artifact(name)["kind"] == "sparse"
+        # The precision is that of the device on which the tables were computed, too.
+        model = self.load_model(name) if sparse else self.load_model(name).to(distributed.device())
+        logits = predict_logits(model, self.encode(texts), **self.inference_options(sparse))
         return torch.as_tensor(logits).softmax(-1)[:, 1].numpy()
 
     # --- reports ---
@@ -262,8 +264,8 @@ class Run:
         """Put on record what the artefacts of all seeds took to build: minutes of processes, in all and by device."""
         runs, minutes = [Run(self.profile, self.seed + i) for i in range(self.profile.seeds)], {}
         for record in (record for run in runs for record in run.records()):
-            where = computed_on(record)
-            minutes[where] = minutes.get(where, 0.0) + record["seconds"] / 60
+            device = computed_on(record)
+            minutes[device] = minutes.get(device, 0.0) + record["seconds"] / 60
         self.record("effort", process_minutes=sum(minutes.values()), cores=cores(), device_minutes=minutes)
 
     def skip(self, reason: str, *names: str) -> None:

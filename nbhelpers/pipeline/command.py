@@ -124,10 +124,10 @@ def command(options: argparse.Namespace, *more: str) -> str:
 
 def check_writable(folder: Path) -> None:
     """Raise ``PipelineError`` where a folder can neither be made nor be written into."""
-    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "cannot be written into" if there.is_dir() else "is not a folder"
-        raise PipelineError(f"{there} {what}, and {folder} would be in it: set NBHELPERS_ROOT to another folder")
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        fault = "cannot be written into" if nearest.is_dir() else "is not a folder"
+        raise PipelineError(f"{nearest} {fault}, and {folder} would be in it: set NBHELPERS_ROOT to another folder")
 
 
 def preflight(run: Run) -> None:
@@ -248,10 +248,10 @@ def compute_cells(run: Run, options: argparse.Namespace, due: list[Stage]) -> No
 # --- all of them ---
 
 
-def shown(path: Path) -> str:
+def short_path(path: Path) -> str:
     """Return a path as short as the reader's folder allows."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    current = Path.cwd()
+    return str(path.relative_to(current) if path.is_relative_to(current) else path)
 
 
 def run_chain(options: argparse.Namespace, notebooks: Path, known: dict[str, Stage]) -> None:
@@ -322,7 +322,7 @@ def run_stages(run: Run, selected: list[Stage], notebooks: Path, known, options)
             message = f"interrupted in {stage.name}; go on with: {go_on(options, stage, selected)}"
             raise PipelineError(message, code=130) from None
         except execution.NotebookError as error:
-            hint = f"see {shown(failed_copy(run, stage))}; go on with: {go_on(options, stage, selected)}"
+            hint = f"see {short_path(failed_copy(run, stage))}; go on with: {go_on(options, stage, selected)}"
             raise PipelineError(f"{stage.name}, {error}\n{hint}", code=1) from error
         run.record_effort()
         page.write_index(run, known)
@@ -336,9 +336,9 @@ def say_where(run: Run, minutes: float) -> None:
         run.reports / "tables" / "comparison.csv": "all models side by side",
     }
     print(f"done in {minutes:.1f} minutes; look at")
-    for path, what in places.items():
+    for path, description in places.items():
         if path.is_file():
-            print(f"  {shown(path):42} {what}")
+            print(f"  {short_path(path):42} {description}")
     print(f"  {'.venv/bin/jupyter lab notebooks/':42} explore")
 
 

@@ -102,18 +102,18 @@ class Follower:
         self.stream.flush()
 
     def watch(self) -> None:
-        said = time.monotonic()
+        last_line = time.monotonic()
         while not self.ended.wait(0.5):
             before = self.inner
             with contextlib.suppress(FileNotFoundError):
                 self.inner = self.path.read_text(encoding="utf-8")
             if self.inner.split(":")[0] != before.split(":")[0]:
-                said = time.monotonic()  # another computation
+                last_line = time.monotonic()  # another computation
             if self.bar and self.inner != before:
                 self.draw()
-            elif not self.bar and self.inner and time.monotonic() - said > IN_LOGS:
+            elif not self.bar and self.inner and time.monotonic() - last_line > IN_LOGS:
                 print(f"{self.name:22} {self.inner}", file=self.stream, flush=True)
-                said = time.monotonic()
+                last_line = time.monotonic()
 
     def __enter__(self) -> "Follower":
         self.watcher = threading.Thread(target=self.watch, daemon=True)

@@ -22,8 +22,8 @@ def missing_needs(run: Run, stage: Stage, stages: dict[str, Stage], planned: set
     made, found = artifacts(run), {}
     for need in stage.needs:
         maker = need if need.isdigit() else maker_of(need)
-        there = bool(read_record(run, maker, stages)) if need.isdigit() else bool(fnmatch.filter(made, need))
-        if not there and maker not in planned and maker != stage.number:
+        exists = bool(read_record(run, maker, stages)) if need.isdigit() else bool(fnmatch.filter(made, need))
+        if not exists and maker not in planned and maker != stage.number:
             found[need] = maker
     for maker in set(found.values()):
         for other in stages.values():
@@ -112,13 +112,13 @@ def save_record(
 
 
 def state(run: Run, stage: Stage, notebooks: Path, stages: dict[str, Stage]) -> str:
-    """``"fresh"``, ``"missing"``, or ``"stale"`` with the reason in brackets."""
+    """Return ``"fresh"``, ``"missing"``, or ``"stale"`` with the reason in brackets."""
     record = read_record(run, stage.number, stages)
     if not record:
         return "missing"
-    for what, value in own_parts(run, stage, notebooks).items():
-        if record["parts"].get(what) != value:
-            return f"stale ({what} changed)"
+    for part, value in own_parts(run, stage, notebooks).items():
+        if record["parts"].get(part) != value:
+            return f"stale ({part} changed)"
     for other in before(stage, stages):
         if record["inputs"].get(other.number) != expected_fingerprint(run, other, notebooks, stages):
             return f"stale ({other.name}, which it needs, is stale or was run otherwise)"

@@ -186,30 +186,30 @@ def reference() -> str:
 
 def gains(model: dict, dense: dict) -> list[str]:
     """Return what a model of the headline costs and saves compared with the dense one, in a few words each."""
-    said = []
+    parts = []
     if model["encoder_sparsity"] > 0:
-        said.append(f"{percent(model['encoder_sparsity'], 0)} of the block weights removed")
+        parts.append(f"{percent(model['encoder_sparsity'], 0)} of the block weights removed")
     if model is dense:
-        said.append("the model that the others are measured against")
+        parts.append("the model that the others are measured against")
     else:
         points = f"{100 * (model['accuracy'] - dense['accuracy']):+z.1f}"
-        said.append(f"{model['speedup']:.2f} times the speed")
+        parts.append(f"{model['speedup']:.2f} times the speed")
         p = p_equals(model["p_value"]).replace(" ", "\N{NO-BREAK SPACE}")
-        said.append(f"{points} points to the dense model, {p}")
-    return [*said, f"{millions(model['file_bytes'])} MB on disk"]
+        parts.append(f"{points} points to the dense model, {p}")
+    return [*parts, f"{millions(model['file_bytes'])} MB on disk"]
 
 
 def context(results: dict) -> str:
     """Return what is needed to read the headline's numbers: the seed, the control, and TF-IDF."""
-    found, said = results.get("comparison", {}), []
+    found, parts = results.get("comparison", {}), []
     if "test_reviews" in found:
-        said.append(f"On {found['test_reviews']:,} test reviews, each accuracy with its 95 % interval.")
-        said += ["Models of the first seed."] * (results["run"]["profile"]["seeds"] > 1)
+        parts.append(f"On {found['test_reviews']:,} test reviews, each accuracy with its 95 % interval.")
+        parts += ["Models of the first seed."] * (results["run"]["profile"]["seeds"] > 1)
     if "control" in found:
-        said.append(f"The same extra training without pruning leaves the dense model at {interval(found['control'])}.")
+        parts.append(f"The same extra training without pruning leaves the dense model at {interval(found['control'])}.")
     if {"tfidf", "against_tfidf"} <= found.keys():
-        said.append(against_counting(found))
-    return " ".join(said)
+        parts.append(against_counting(found))
+    return " ".join(parts)
 
 
 def spell(value) -> str:
@@ -234,9 +234,9 @@ def all_numbers(results: dict) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def facts(run: Run, about: dict) -> list[tuple[str, str]]:
     """Return what a run was made with: versions, seed, revision and every setting of the profile, as text."""
-    said = [(name, spell(value)) for name, value in about.get("versions", {}).items()]
-    said += [("seed", str(run.seed)), ("revision", about.get("revision", "unknown"))]
-    return said + [(name.replace("_", " "), spell(value)) for name, value in about.get("profile", {}).items()]
+    parts = [(name, spell(value)) for name, value in about.get("versions", {}).items()]
+    parts += [("seed", str(run.seed)), ("revision", about.get("revision", "unknown"))]
+    return parts + [(name.replace("_", " "), spell(value)) for name, value in about.get("profile", {}).items()]
 
 
 def in_time(minutes: float) -> str:

@@ -54,8 +54,8 @@ def compare_engines(
         stored = np.where(table["name"] == "dense", 4 * n_in * n_out, 8 * weights)
         table["gflops"] = 2 * weights * n / table["median_ms"] / 1e6
         table["intensity"] = 2 * weights * n / (stored + 4 * n * (n_in + n_out))
-        where = {"in": n_in, "out": n_out, "tokens": n, "sparsity": sparsity}
-        tables.append(pd.concat([pd.DataFrame([where] * len(table)), table], axis=1))
+        case = {"in": n_in, "out": n_out, "tokens": n, "sparsity": sparsity}
+        tables.append(pd.concat([pd.DataFrame([case] * len(table)), table], axis=1))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -66,7 +66,7 @@ def break_even(table: pd.DataFrame, engine: str = "numba") -> pd.DataFrame:
     out, tokens, sparsity (NaN where the engine is slower at all of them).
     """
     rows = []
-    for where, part in table[table["name"] == engine].groupby(["in", "out", "tokens"]):
+    for case, part in table[table["name"] == engine].groupby(["in", "out", "tokens"]):
         part = part.sort_values("sparsity")
         x, y = part["sparsity"].to_numpy(), part["speedup"].to_numpy()
         faster = np.flatnonzero(y >= 1)
@@ -74,7 +74,7 @@ def break_even(table: pd.DataFrame, engine: str = "numba") -> pd.DataFrame:
         if len(faster):
             i = faster[0]
             even = x[0] if i == 0 else np.interp(1, y[i - 1 : i + 1], x[i - 1 : i + 1])
-        rows.append((*where, even))
+        rows.append((*case, even))
     return pd.DataFrame(rows, columns=["in", "out", "tokens", "sparsity"])
 
 

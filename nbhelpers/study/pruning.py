@@ -78,9 +78,9 @@ def pruned_logits(run: Run, pruner: str) -> np.ndarray:
             scores = scores_of(run, pruner)
             pruned = (prune_model(run, selection.select(scores, sparsity)) for sparsity in sparsities)
             models = (model.to(distributed.device()) for model in pruned)
-        rows, how = dataset(run, "validation").input_ids, run.inference_options()
+        rows, options = dataset(run, "validation").input_ids, run.inference_options()
         save_tensors(
-            target.folder, {"logits": torch.from_numpy(np.stack([predict_logits(m, rows, **how) for m in models]))}
+            target.folder, {"logits": torch.from_numpy(np.stack([predict_logits(m, rows, **options) for m in models]))}
         )
 
     inputs = ("fine_tuned", "calibration") if pruner == "sparsegpt" else ("fine_tuned", f"scores_{pruner}")
@@ -94,8 +94,8 @@ def pruned_logits(run: Run, pruner: str) -> np.ndarray:
 def curve_row(run: Run, criterion: str, sparsity: float, stage: str, split: str, correct: np.ndarray) -> dict:
     """Return a row of ``tables/curves.csv``: one model of one seed, its accuracy with Wilson's interval."""
     low, high = wilson_interval(correct)
-    where = {"criterion": criterion, "sparsity": sparsity, "stage": stage, "seed": run.seed, "split": split}
-    return where | {"accuracy": float(correct.mean()), "accuracy_low": low, "accuracy_high": high}
+    row = {"criterion": criterion, "sparsity": sparsity, "stage": stage, "seed": run.seed, "split": split}
+    return row | {"accuracy": float(correct.mean()), "accuracy_low": low, "accuracy_high": high}
 
 
 def pruned_curves(run: Run, pruners: tuple[str, ...] = PRUNERS) -> pd.DataFrame:
