@@ -1,9 +1,11 @@
-"""TF-IDF with logistic regression: tuned on validation, fitted on the training reviews, computed once."""
+"""TF-IDF with logistic regression: tuned and fitted on the training reviews, computed once."""
 
 import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
 
 from nbhelpers import workspace as workspace_module
 from nbhelpers.profiles import get_profile
@@ -34,23 +36,30 @@ def test_it_learns_words_and_word_pairs():
     assert "not good" in vectorizer.vocabulary_ and "not good" not in baseline.make_vectorizer(1).fit(texts).vocabulary_
 
 
-def test_the_logits_are_those_of_the_setting_that_is_best_on_validation(run):
+def test_the_logits_are_those_of_the_setting_that_is_best_in_cross_validation(run):
     parts = inputs.reviews_of(run.profile, run.seed)
+    texts, labels = parts["train"]["text"][:], parts["train"]["label"][:]
+    folds = StratifiedKFold(baseline.FOLDS, shuffle=True, random_state=0)
     fitted, accuracy = {}, []
     for words, c in TRIALS:
         vectorizer = TfidfVectorizer(ngram_range=(1, words), min_df=2, sublinear_tf=True)
-        rows = vectorizer.fit_transform(parts["train"]["text"][:])
-        model = LogisticRegression(C=c, max_iter=1000).fit(rows, parts["train"]["label"][:])
-        fitted[words, c] = model.predict_proba(vectorizer.transform(parts["validation"]["text"][:]))
-        accuracy.append((fitted[words, c].argmax(1) == np.array(parts["validation"]["label"])).mean())
+        model = make_pipeline(vectorizer, LogisticRegression(C=c, max_iter=1000))
+        accuracy.append((cross_val_predict(model, texts, labels, cv=folds) == np.array(labels)).mean())
+        fitted[words, c] = model.fit(texts, labels).predict_proba(parts["validation"]["text"][:])
     found = predictions.probabilities(baseline.tfidf_logits(run, "validation"))
     chosen = choices.read_choice(run, "tfidf")
     assert chosen["accuracy"] == max(accuracy)
-    expected = fitted[chosen["words"], chosen["c"]]
     # Two runs of the same solver, which stops at a tolerance of 1e-4.
-    np.testing.assert_allclose(found, expected, atol=1e-3)
-    right = baseline.tfidf_right(run, "validation")
-    assert right.mean() == pytest.approx(chosen["accuracy"])
+    np.testing.assert_allclose(found, fitted[chosen["words"], chosen["c"]], atol=1e-3)
+    truth = np.array(parts["validation"]["label"])
+    assert (baseline.tfidf_right(run, "validation") == (found.argmax(1) == truth)).all()
+
+
+def test_a_class_with_one_training_review_is_a_clear_error(run, monkeypatch):
+    one = {"train": {"text": ["good", "bad", "fine"], "label": [1, 0, 1]}}
+    monkeypatch.setattr(baseline, "reviews_of", lambda *_: one)
+    with pytest.raises(WorkspaceError, match=r"at least two training reviews per class \(got one\)"):
+        baseline.tune_tfidf(run)
 
 
 def test_the_test_reviews_are_used_only_after_tfidf_was_registered(run):
