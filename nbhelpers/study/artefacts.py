@@ -67,11 +67,12 @@ def load_statistics(run: Run, artefact: str) -> dict[str, dict[str, torch.Tensor
 # --- bytes ---
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold a model's weights; statistics that lie beside them are not among them."""
-    return [*folder.glob("model*.safetensors"), *folder.glob("sparse.safetensors")]
+def weight_bytes(folder: Path) -> int:
+    """Return the bytes of the files that hold a model's weights; statistics that lie beside them do not count."""
+    files = [*folder.glob("model*.safetensors"), *folder.glob("sparse.safetensors")]
+    return sum(path.stat().st_size for path in files)
 
 
 def model_bytes(run: Run, name: str) -> int:
     """Return the bytes of a model's weight files."""
-    return sum(path.stat().st_size for path in weight_files(run.folder(name)))
+    return weight_bytes(run.folder(name))

@@ -1,6 +1,7 @@
 """TF-IDF with logistic regression: the line that a neural model has to beat, tuned over as many settings."""
 
 import functools
+import json
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from nbhelpers.system.progress import progress
 from nbhelpers.workspace import Run, WorkspaceError, save_tensors
 
 FOLDS = 5
+ROWS = "trials.json"
 # Twelve settings, as many as the neural models' trials; the first is the usual one, and wins where others are equal.
 TRIALS = [(2, 10.0), *((n, c) for n in (1, 2) for c in (1.0, 3.0, 10.0, 30.0, 100.0, 300.0) if (n, c) != (2, 10.0))]
 
@@ -31,14 +33,11 @@ def make_classifier(c: float) -> LogisticRegression:
     return LogisticRegression(C=c, max_iter=1000)
 
 
-def tune_tfidf(run: Run) -> pd.Series:
-    """Decide ``choice_tfidf``: n-grams and regularisation of the best cross-validated accuracy among ``TRIALS``.
+def cross_validate(texts: np.ndarray, labels: np.ndarray) -> list[dict]:
+    """Return one row per setting of ``TRIALS``: words, c, and accuracy, each review counted once.
 
-    Cross-validation on the training reviews counts each of them once; the validation reviews are too few to tell
-    twelve settings apart. Raises ``WorkspaceError`` where a class has a single training review.
+    Raises ``WorkspaceError`` where a class has a single review.
     """
-    part = reviews_of(run.profile, run.seed)["train"]
-    texts, labels = np.array(part["text"][:], dtype=object), np.array(part["label"][:])
     folds = min(FOLDS, np.bincount(labels, minlength=2).min())
     if folds < 2:
         raise WorkspaceError("TF-IDF must have at least two training reviews per class (got one): raise train_size")
@@ -50,7 +49,22 @@ def tune_tfidf(run: Run) -> pd.Series:
             for c in (c for trial_words, c in TRIALS if trial_words == words):
                 predicted = make_classifier(c).fit(features, labels[fitted]).predict(unseen)
                 right[words, c] += int((predicted == labels[held_out]).sum())
-    rows = [{"words": words, "c": c, "accuracy": count / len(texts)} for (words, c), count in right.items()]
+    return [{"words": words, "c": c, "accuracy": count / len(texts)} for (words, c), count in right.items()]
+
+
+def tune_tfidf(run: Run) -> pd.Series:
+    """Artefact ``trials_tfidf``, and ``choice_tfidf``: the best cross-validated accuracy on the training reviews.
+
+    The validation reviews are too few to tell twelve settings apart.
+    """
+
+    def build(target):
+        part = reviews_of(run.profile, run.seed)["train"]
+        rows = cross_validate(np.array(part["text"][:], dtype=object), np.array(part["label"][:]))
+        (target.folder / ROWS).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+    run.cached("trials_tfidf", {"train": reviews_fingerprint(run, "train")}, build, made_by="01")
+    rows = json.loads((run.folder("trials_tfidf") / ROWS).read_text(encoding="utf-8"))
     return decide(run, "tfidf", pd.DataFrame(rows), made_by="01")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from nbhelpers import masks, selection
+from nbhelpers import masks
 from nbhelpers.models import has_structures, load_config, structures
 from nbhelpers.profiles import Profile
 from nbhelpers.sparse import convert_to_sparse, save_sparse
@@ -42,11 +42,6 @@ def structured_masks(run: Run, criterion: str, sparsity: float) -> dict[str, tor
     """Return the masks of whole heads and neurons by a criterion's scores, nearest to a sparsity."""
     scores = scores_of(run, criterion)
     return masks.select_structures(scores, structures(run.load_model("fine_tuned")), sparsity)
-
-
-def pruned_masks(run: Run, criterion: str, sparsity: float) -> dict[str, torch.Tensor]:
-    """Return the masks of single weights by a criterion's scores at a sparsity."""
-    return selection.select(scores_of(run, criterion), sparsity)
 
 
 def compact_model(run: Run, criterion: str, sparsity: float) -> dict:

@@ -17,15 +17,13 @@ from scipy.special import softmax
 from scipy.stats import mannwhitneyu
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from nbhelpers import selection
 from nbhelpers.evaluation import RESAMPLES, holm, wilson_interval
 from nbhelpers.models import ModelError, load_tokenizer
 from nbhelpers.study.artefacts import model_name
 from nbhelpers.study.choices import best_comparator
 from nbhelpers.study.comparison import LINES
 from nbhelpers.study.inputs import reviews_of, runs_of
-from nbhelpers.study.pruning import contenders, prune_model
-from nbhelpers.study.scoring import scores_of
+from nbhelpers.study.pruning import contenders, prune_model, pruned_masks
 from nbhelpers.system.progress import track
 from nbhelpers.training import distributed
 from nbhelpers.workspace import Run
@@ -33,7 +31,7 @@ from nbhelpers.workspace import Run
 
 def prune_at(run: Run, criterion: str, sparsity: float) -> torch.nn.Module:
     """Return the fine-tuned model right after pruning by a criterion."""
-    return prune_model(run, selection.select(scores_of(run, criterion), sparsity))
+    return prune_model(run, pruned_masks(run, criterion, sparsity))
 
 
 def unlearned(run: Run, count: int = 40) -> pd.DataFrame:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,9 +28,14 @@ def study_key(run: Run) -> str:
     return fingerprint([asdict(run.profile), code, reviews_fingerprint(run, "test")])
 
 
+def register_path() -> Path:
+    """Return the file that registers what test reviews were used for, one for all profiles of a workspace."""
+    return root() / ".artifacts" / "test_reviews.json"
+
+
 def read_studies() -> dict[str, dict]:
     """Return what the test reviews of any profile of this workspace were used for: {study key: record}."""
-    path = root() / ".artifacts" / "test_reviews.json"
+    path = register_path()
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
@@ -60,7 +66,7 @@ def open_test(run: Run, names: list[str], again: str = "") -> dict:
     """
     key = study_key(run)
     if distributed.is_main_process():
-        path = root() / ".artifacts" / "test_reviews.json"
+        path = register_path()
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             studies = read_studies()

@@ -42,9 +42,14 @@ ZEROS = "zeros.json"  # beside a recovered model: what was counted in its weight
 # --- right after pruning ---
 
 
-def prune_model(run: Run, masks_: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """Return the fine-tuned model with the masks applied."""
-    return masks.apply_masks(run.load_model("fine_tuned"), masks_)
+def pruned_masks(run: Run, criterion: str, sparsity: float) -> dict[str, torch.Tensor]:
+    """Return the masks of single weights by a criterion's scores at a sparsity."""
+    return selection.select(scores_of(run, criterion), sparsity)
+
+
+def prune_model(run: Run, kept: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """Return the fine-tuned model with masks applied."""
+    return masks.apply_masks(run.load_model("fine_tuned"), kept)
 
 
 def pruned_sparsities(profile: Profile) -> tuple[float, ...]:
@@ -156,7 +161,7 @@ def scan_recovery_rates(run: Run, name: str) -> pd.DataFrame:
     dense, main = name == "control", run.profile.main_sparsity
 
     def build(target):
-        chosen, rows = None if dense else selection.select(scores_of(run, name), main), []
+        chosen, rows = None if dense else pruned_masks(run, name, main), []
         for rate in run.profile.recovery_learning_rates:
             model, history = recover_in_place(run, name, main, rate, chosen, target)
             rows.append({"score": name, "learning_rate": rate, "accuracy": validator(run)(model)})
@@ -199,7 +204,7 @@ def recover_model(
     """
     name, rate = model_name(stage, criterion, sparsity), recovery_rate(run, criterion)
     scanned = chosen is None and sparsity == run.profile.main_sparsity
-    chosen = selection.select(scores_of(run, criterion), sparsity) if chosen is None else chosen
+    chosen = pruned_masks(run, criterion, sparsity) if chosen is None else chosen
 
     def build(target):
         if scanned:

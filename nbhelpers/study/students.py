@@ -18,7 +18,7 @@ from nbhelpers.study.artefacts import (
     on_device,
     read_history,
     save_trained,
-    weight_files,
+    weight_bytes,
     write_history,
 )
 from nbhelpers.study.choices import decide, distillation_scales
@@ -135,7 +135,7 @@ def taylor_masks(run: Run, model, sparsity: float) -> dict[str, torch.Tensor]:
 def sparse_bytes(model) -> int:
     """Return the bytes that the weights of a sparse model would take on disk."""
     with tempfile.TemporaryDirectory() as folder:
-        return sum(path.stat().st_size for path in weight_files(save_sparse(model, folder)))
+        return weight_bytes(save_sparse(model, folder))
 
 
 def compress_student(run: Run, layers: int) -> pd.DataFrame:

@@ -62,6 +62,12 @@ def test_a_class_with_one_training_review_is_a_clear_error(run, monkeypatch):
         baseline.tune_tfidf(run)
 
 
+def test_a_second_process_finds_the_trials(run, monkeypatch):
+    chosen = baseline.tune_tfidf(run)
+    monkeypatch.setattr(baseline, "cross_validate", lambda *_: pytest.fail("tuned again"))
+    assert baseline.tune_tfidf(run).to_dict() == chosen.to_dict()
+
+
 def test_the_test_reviews_are_used_only_after_tfidf_was_registered(run):
     with pytest.raises(WorkspaceError, match="tfidf is not registered for the test reviews"):
         baseline.tfidf_logits(run, "test")
