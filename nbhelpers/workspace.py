@@ -37,8 +37,6 @@ from nbhelpers.training.checkpoints import Checkpoints
 MODELS = ("dense", "sparse")  # the kinds of artefacts that are models; any other is "data"
 # Names of metrics that hang on how fast a machine is at a moment: the nearest rival is chosen by its speed.
 TIMED = re.compile(r"minutes|seconds|speedup|latency|limits|_rival$")
-# Kinds of files of a figure, and how each is saved; without a date, so that the same figure is the same file.
-FIGURES = {"png": {}, "svg": {"metadata": {"Date": None}}}
 TENSORS = "tensors.safetensors"  # the file of an artefact's tensors that are not a model's weights
 
 
@@ -301,15 +299,14 @@ class Run:
             raise WorkspaceError(f"{reason}: run the notebook that writes it again (see ./run_all.sh --list)")
         return pd.read_csv(path)
 
-    def save_figure(self, name: str, figure) -> None:
-        """Write ``figures/<name>.png`` and ``.svg``; the figure stays open, so that the notebook shows it."""
-        for kind, options in FIGURES.items():
-            path = self.reports / "figures" / f"{name}.{kind}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            figure.savefig(partial, format=kind, **options)
-            partial.replace(path)
-            figure.set_layout_engine("none")  # to lay it out again takes as long as to draw it
+    def save_figure(self, name: str, figure) -> Path:
+        """Draw a figure into ``figures/<name>.png`` and return that path."""
+        path = self.reports / "figures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        figure.savefig(partial, format="png")
+        partial.replace(path)
+        return path
 
 
 def module_of(build: Callable) -> str:

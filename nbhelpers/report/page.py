@@ -8,7 +8,6 @@ import hashlib
 import io
 import math
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +88,7 @@ markdown = mistune.create_markdown()  # escapes what looks like HTML
 def figure(run: Run, name: str, caption: str) -> dict[str, str | int]:
     """Return a figure for the page: caption as text and as HTML, bytes in base 64, width and height in pixels."""
     data = (run.reports / "figures" / f"{name}.png").read_bytes()
-    width, height = struct.unpack(">II", data[16:24])
+    width, height = style.png_size(data)
     return {
         "file": f"figures/{name}.png",
         "name": name.replace("_", " "),

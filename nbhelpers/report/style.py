@@ -1,12 +1,13 @@
 """What all figures have in common: colours, markers, titles that state a finding, names beside their lines."""
 
 import re
+import struct
 import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
-from IPython.display import Markdown, display
+from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -59,9 +60,6 @@ plt.rcParams |= {
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
     "font.size": 11,
-    # Texts of an SVG stay texts, and the names in it are the same each time.
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nbhelpers",
 }
 
 
@@ -95,16 +93,22 @@ def describe(figure: Figure, text: str) -> None:
     figure.supxlabel(text, x=0.01, ha="left", fontsize="small", color=COLORS["control"])
 
 
+def png_size(data: bytes) -> tuple[int, int]:
+    """Return the width and the height of a PNG in pixels, which its header holds."""
+    return struct.unpack(">II", data[16:24])
+
+
 def show(run: Run, name: str, figure: Figure, reading: str) -> None:
     """Save a figure with its finding as its title, display it, and display its caption below it.
 
     reading: the caption, which goes to the report; its first sentence is the finding.
     """
     head(figure, finding_of(reading))
-    run.save_figure(name, figure)
+    drawn = run.save_figure(name, figure).read_bytes()
     run.record("captions", **{name: reading})
-    display(figure)
     plt.close(figure)
+    scale = plt.rcParams["figure.dpi"] / plt.rcParams["savefig.dpi"]
+    display(Image(drawn, width=round(scale * png_size(drawn)[0])))
     display(Markdown(reading))
 
 
