@@ -132,20 +132,22 @@ def peak_memory(function: Callable[[], object], device: torch.device | str = "cp
     return int(max(np.cumsum(changes), default=0))
 
 
-def memory_of_children() -> int:
-    """Return the bytes in memory of the processes that this one has started, and of their children."""
+def memory_of_tree(pid: int) -> int:
+    """Return the bytes in memory of a process and of all that it has started; 0 where it has ended."""
     total = 0
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # the process has ended meanwhile
-            total += child.memory_info().rss
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for member in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):  # this one has ended meanwhile
+                total += member.memory_info().rss
     return total
 
 
 class PeakMemory:
     """Record the memory of processes while its block runs: ``before`` it and at most (``peak``), in bytes.
 
-    measure: ``memory_of_children``, called every ``interval`` seconds. Unlike ``peak_memory`` it includes all memory of
-    a process, also that of libraries, and it misses peaks shorter than the interval.
+    measure: a function, such as ``Kernels.memory``, called every ``interval`` seconds. Unlike ``peak_memory`` it counts
+    all memory of a process, also that of libraries, and it misses peaks shorter than the interval.
     """
 
     def __init__(self, measure: Callable[[], int], interval: float):

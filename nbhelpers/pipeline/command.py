@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from nbhelpers.data import DataError, check_data
-from nbhelpers.measurement import PeakMemory, memory_of_children
+from nbhelpers.measurement import PeakMemory
 from nbhelpers.models import ModelError, check_model
 from nbhelpers.pipeline import execution, freshness, grid, promises
 from nbhelpers.profiles import ProfileError, get_profile, overrides_of
@@ -199,19 +199,18 @@ def failed_copy(run: Run, stage: Stage) -> Path:
     return run.artifacts / "failed" / f"{stage.name}.ipynb"
 
 
-def run_stage(run: Run, stage: Stage, notebooks: Path, known: dict[str, Stage], options: argparse.Namespace) -> str:
+def run_stage(run: Run, stage: Stage, kernels: execution.Kernels, notebooks: Path, known, options) -> str:
     """Execute a notebook, check what it promised, and put its copies into the report; returns what it wrote.
 
     Raises ``NotebookError`` when it fails; its executed copy is then in the artefacts' folder ``failed``.
     """
     parts = freshness.own_parts(run, stage, notebooks)
-    copy = failed_copy(run, stage)
     promises.forget_metrics(run, stage)
     started = time.time()
     overrides = shlex.join(f"{field}={value}" for field, value in overrides_of(options.set).items())
     parameters = dict(zip(PARAMETERS, (run.profile.name, run.seed, overrides), strict=True))
-    with PeakMemory(memory_of_children, 0.2) as memory:
-        notebook = execution.execute(notebooks / f"{stage.name}.ipynb", parameters, copy)
+    with PeakMemory(kernels.memory, 0.2) as memory:
+        notebook = kernels.execute(notebooks / f"{stage.name}.ipynb", parameters)
     faults = execution.output_faults(notebook) + promises.broken_promises(run, stage, since=started)
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -222,7 +221,7 @@ def run_stage(run: Run, stage: Stage, notebooks: Path, known: dict[str, Stage], 
     write_text(folder / f"{stage.name}.html", page.notebook_html(notebook, stage.name))
     minutes = (time.time() - started) / 60
     freshness.save_record(run, stage, parts, known, minutes, memory.peak)
-    execution.clear(copy)
+    execution.clear(failed_copy(run, stage))
     return f"{minutes:5.1f} min  {memory.peak / 1e9:5.1f} GB   {promises.count_written(run, started)}"
 
 
@@ -309,23 +308,28 @@ def lock_workspace(run: Run) -> Iterator[None]:
 def run_stages(run: Run, selected: list[Stage], notebooks: Path, known, options) -> None:
     """Run the chosen notebooks that are not fresh, with a line each."""
     started = time.time()
+
+    def is_due(stage: Stage) -> bool:
+        return options.force or freshness.state(run, stage, notebooks, known) != "fresh"
+
     if options.jobs > 1:
-        due = [s for s in selected if options.force or freshness.state(run, s, notebooks, known) != "fresh"]
-        compute_cells(run, options, due)
-    for stage in selected:
-        if not options.force and freshness.state(run, stage, notebooks, known) == "fresh":
-            print(f"{stage.name:22} up to date", flush=True)
-            continue
-        try:
-            print(f"{stage.name:22} {run_stage(run, stage, notebooks, known, options)}", flush=True)
-        except KeyboardInterrupt:
-            message = f"interrupted in {stage.name}; go on with: {go_on(options, stage, selected)}"
-            raise PipelineError(message, code=130) from None
-        except execution.NotebookError as error:
-            hint = f"see {short_path(failed_copy(run, stage))}; go on with: {go_on(options, stage, selected)}"
-            raise PipelineError(f"{stage.name}, {error}\n{hint}", code=1) from error
-        run.record_effort()
-        page.write_index(run, known)
+        compute_cells(run, options, list(filter(is_due, selected)))
+    copies = {notebooks / f"{stage.name}.ipynb": failed_copy(run, stage) for stage in selected}
+    with execution.Kernels(copies) as kernels:
+        for stage in selected:
+            if not is_due(stage):
+                print(f"{stage.name:22} up to date", flush=True)
+                continue
+            try:
+                print(f"{stage.name:22} {run_stage(run, stage, kernels, notebooks, known, options)}", flush=True)
+            except KeyboardInterrupt:
+                message = f"interrupted in {stage.name}; go on with: {go_on(options, stage, selected)}"
+                raise PipelineError(message, code=130) from None
+            except execution.NotebookError as error:
+                hint = f"see {short_path(failed_copy(run, stage))}; go on with: {go_on(options, stage, selected)}"
+                raise PipelineError(f"{stage.name}, {error}\n{hint}", code=1) from error
+            run.record_effort()
+            page.write_index(run, known)
     say_where(run, (time.time() - started) / 60)
 
 

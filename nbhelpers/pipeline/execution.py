@@ -1,5 +1,6 @@
 """Execute one notebook through papermill, in the interpreter of this process, and make its copy fit to be shown."""
 
+import asyncio
 import contextlib
 import os
 import re
@@ -17,6 +18,7 @@ from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+from nbhelpers.measurement import memory_of_tree
 from nbhelpers.system.progress import IN_LOGS
 from nbhelpers.workspace import root
 
@@ -33,25 +35,13 @@ def clear(copy: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def kernel_manager(environment: dict[str, str], log) -> type[AsyncKernelManager]:
-    """Return a kernel manager that starts the interpreter of this process, whatever kernels are installed elsewhere.
+class OwnKernel(AsyncKernelManager):
+    """Manages a kernel in the interpreter of this process, whatever kernels are installed elsewhere."""
 
-    environment: variables added to this process's own; log: an open file for what the kernel itself prints.
-    """
-    # A kernelspec's variables are templates.
-    environment = {name: value.replace("$", "$$") for name, value in environment.items()}
-    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    spec = KernelSpec(argv=argv, env=environment, display_name="Python 3", language="python")
-
-    class OwnInterpreter(AsyncKernelManager):
-        @property
-        def kernel_spec(self):
-            return spec
-
-        async def start_kernel(self, **options):
-            return await super().start_kernel(stdout=log, stderr=subprocess.STDOUT, **options)
-
-    return OwnInterpreter
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        argv = [sys.executable, "-P", "-m", "nbhelpers.pipeline.kernel", "-f", "{connection_file}"]
+        return KernelSpec(argv=argv, display_name="Python 3", language="python")
 
 
 def kernel_environment() -> dict[str, str]:
@@ -129,35 +119,79 @@ class Follower:
             self.draw()
 
 
-def execute(notebook: Path, parameters: dict, copy: Path):
-    """Execute a notebook in its own folder and return it; ``copy`` shows how far it got, also when it fails.
+def fill_in(path: Path) -> str:
+    """Return a path as papermill takes it, which fills in what stands in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
-    Raises ``NotebookError`` with the cell and the error.
+
+class Kernels:
+    """The kernels of a chain of notebooks: the next one starts and imports its libraries while one notebook runs.
+
+    copies: notebooks in their order, and where the executed copy of each is written. A context manager; at its end a
+    kernel that no notebook has used is shut down.
     """
-    clear(copy)
-    copy.parent.mkdir(parents=True, exist_ok=True)
 
-    def path(of: Path) -> str:
-        return str(of).replace("{", "{{").replace("}", "}}")  # papermill fills in what stands in braces
+    def __init__(self, copies: dict[Path, Path]):
+        self.copies = copies
+        self.waiting: dict[Path, OwnKernel] = {}
+        self.running: OwnKernel | None = None
 
-    progress = copy.with_suffix(".progress")
-    environment = kernel_environment() | {"NBHELPERS_PROGRESS": str(progress)}
-    with copy.with_suffix(".log").open("w") as log, Follower(notebook.stem, progress) as follower:
-        try:
-            return papermill.execute_notebook(
-                path(notebook),
-                path(copy),
-                parameters,
-                kernel_name="python3",
-                cwd=str(notebook.parent),
-                progress_bar=follower.bar,
-                kernel_manager_class=kernel_manager(environment, log),
-            )
-        except PapermillExecutionError as error:
-            message = (str(error.evalue).strip().splitlines() or [""])[0][:300]
-            raise NotebookError(f"cell In [{error.exec_count}]: {error.ename}: {message}") from error
-        except (DeadKernelError, CellTimeoutError, RuntimeError) as error:
-            raise NotebookError(f"{cell_running(copy)}: its kernel died ({error}); out of memory?") from error
+    def __enter__(self) -> "Kernels":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for notebook, kernel in self.waiting.items():
+            asyncio.run(kernel.shutdown_kernel(now=True))
+            clear(self.copies[notebook])
+
+    def start(self, notebook: Path) -> None:
+        """Start the kernel of a notebook."""
+        copy = self.copies[notebook]
+        clear(copy)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        kernel = OwnKernel()
+        variables = kernel_environment() | {"NBHELPERS_PROGRESS": str(copy.with_suffix(".progress"))}
+        with copy.with_suffix(".log").open("w") as log:
+            options = {"stdout": log, "stderr": subprocess.STDOUT, "cwd": str(notebook.parent)}
+            asyncio.run(kernel.start_kernel(env=os.environ | variables, **options))
+        self.waiting[notebook] = kernel
+
+    def memory(self) -> int:
+        """Return the bytes in memory of the kernel whose notebook is running, and of the processes it started."""
+        return memory_of_tree(self.running.provisioner.pid) if self.running else 0
+
+    def execute(self, notebook: Path, parameters: dict):
+        """Execute a notebook in its own folder and return it; its copy shows how far it got, also when it fails.
+
+        Raises ``NotebookError`` with the cell and the error.
+        """
+        copy = self.copies[notebook]
+        if notebook not in self.waiting:
+            self.start(notebook)
+        self.running = self.waiting.pop(notebook)
+        order = list(self.copies)
+        for following in order[order.index(notebook) + 1 :][:1]:
+            self.start(following)
+        with Follower(notebook.stem, copy.with_suffix(".progress")) as follower:
+            try:
+                return papermill.execute_notebook(
+                    fill_in(notebook),
+                    fill_in(copy),
+                    parameters,
+                    kernel_name="python3",
+                    cwd=str(notebook.parent),
+                    progress_bar=follower.bar,
+                    km=self.running,
+                    start_timeout=600,  # seconds; a slow disk takes long over the first import of torch
+                )
+            except PapermillExecutionError as error:
+                message = (str(error.evalue).strip().splitlines() or [""])[0][:300]
+                raise NotebookError(f"cell In [{error.exec_count}]: {error.ename}: {message}") from error
+            except (DeadKernelError, CellTimeoutError, RuntimeError) as error:
+                raise NotebookError(f"{cell_running(copy)}: its kernel died ({error}); out of memory?") from error
+            finally:
+                asyncio.run(self.running.shutdown_kernel(now=True))
+                self.running = None
 
 
 def cell_running(copy: Path) -> str:

@@ -44,8 +44,9 @@ def write_notebook(folder, name, *cells, parameters=PARAMETERS):
     nbformat.write(nbformat.v4.new_notebook(cells=[title, first, *code], metadata=metadata), folder / f"{name}.ipynb")
 
 
-def execute_here(notebook, parameters, copy):
-    """Do what ``execution.execute`` does, in this process: a kernel takes seconds to start."""
+def execute_here(kernels, notebook, parameters):
+    """Do what ``Kernels.execute`` does, in this process: a kernel takes seconds to start."""
+    copy = kernels.copies[notebook]
     execution.clear(copy)
     copy.parent.mkdir(parents=True, exist_ok=True)
     executed, scope, count = nbformat.read(notebook, as_version=4), {}, 0
@@ -78,7 +79,7 @@ def notebooks(workspace, tmp_path_factory, monkeypatch):
 @pytest.fixture
 def call(notebooks, monkeypatch, capfd):
     """A function that runs the command line on the stand-ins: exit code, standard output, standard error."""
-    monkeypatch.setattr(execution, "execute", execute_here)
+    monkeypatch.setattr(execution.Kernels, "execute", execute_here)
 
     def run(*arguments, known=STAGES):
         code = command.main(["--profile", "smoke", *arguments], notebooks, known)

@@ -10,6 +10,7 @@ import pytest
 from conftest import PROJECT
 from stand_ins import write_notebook
 
+from nbhelpers import measurement
 from nbhelpers.pipeline import execution
 
 CHECK = f"""import os, sys, warnings, matplotlib, pathlib
@@ -24,7 +25,9 @@ print(sys.executable); pathlib.Path(os.environ['NBHELPERS_ROOT']) / 'x'"""
 def execute(folder, tmp_path, *cells):
     write_notebook(folder, "01_first", *cells)
     parameters = {"profile": "smoke", "seed": 0, "overrides": ""}
-    return execution.execute(folder / "01_first.ipynb", parameters, tmp_path / "failed" / "01_first.ipynb")
+    notebook = folder / "01_first.ipynb"
+    with execution.Kernels({notebook: tmp_path / "failed" / "01_first.ipynb"}) as kernels:
+        return kernels.execute(notebook, parameters)
 
 
 @pytest.fixture
@@ -59,6 +62,23 @@ def test_an_error_and_a_dead_kernel_are_named_with_their_cell(folder, workspace)
     assert "Traceback" in (workspace / "failed" / "01_first.ipynb").read_text()
     with pytest.raises(execution.NotebookError, match=r"^cell 5 of 6 \(os\._exit\(9\)\): its kernel died"):
         execute(folder, workspace, "os._exit(9)", "1 + 1")
+
+
+def test_the_next_kernel_is_waiting_while_a_notebook_runs_and_an_unused_one_is_shut_down(folder, workspace):
+    shown = "import sys; print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    for name in ("01_first", "02_second", "03_third"):
+        write_notebook(folder, name, shown)
+    copies = {path: workspace / "failed" / path.name for path in sorted(folder.glob("*.ipynb"))}
+    first, second, third = copies
+    with execution.Kernels(copies) as kernels:
+        for notebook, following in ((first, second), (second, third)):
+            executed = kernels.execute(notebook, {"profile": "smoke", "seed": 0, "overrides": ""})
+            assert executed.cells[-1].outputs[0].text == "['matplotlib', 'torch', 'transformers']\n"
+            assert list(kernels.waiting) == [following] and kernels.running is None
+        waiting = kernels.waiting[third].provisioner.pid
+        assert measurement.memory_of_tree(waiting) > 0
+    assert measurement.memory_of_tree(waiting) == 0
+    assert not list((workspace / "failed").glob("03*"))
 
 
 def test_a_notebook_that_leaves_early_without_an_error_is_found():
