@@ -185,7 +185,9 @@ def silent_stderr() -> Iterator[None]:
 
 def tensor_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's parameters and buffers in memory; a tensor that is used twice counts once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()]
+    # oneDNN's packed weights have no address.
+    tensors = {id(tensor) if tensor.is_mkldnn else tensor.data_ptr(): tensor for tensor in tensors}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

@@ -11,7 +11,7 @@ from nbhelpers.sparse.gpt2 import (
     compact,
     convert_gpt2_to_sparse,
 )
-from nbhelpers.sparse.layers import SparseLinear
+from nbhelpers.sparse.layers import SparseLinear, engines_of
 from nbhelpers.sparse.semi_structured import convert_to_semi_structured, has_two_of_four
 from nbhelpers.sparse.storage import load_sparse, save_sparse
 
@@ -29,6 +29,7 @@ __all__ = [
     "convert_to_semi_structured",
     "convert_to_sparse",
     "count_actual_params",
+    "engines_of",
     "factorize_embedding",
     "has_two_of_four",
     "load_sparse",

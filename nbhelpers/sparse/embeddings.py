@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nbhelpers.sparse.formats import quantize_rows
-from nbhelpers.sparse.layers import sparse_layers
+from nbhelpers.sparse.layers import sparse_names
 
 
 class Int8Embedding(nn.Module):
@@ -80,16 +80,15 @@ def factorize_embedding(model: nn.Module, rank: int) -> nn.Module:
 
 
 @torch.no_grad()
-def quantize(model: nn.Module) -> nn.Module:
+def quantize(model: nn.Module, backend: str = "auto") -> nn.Module:
     """Round, in place, a sparse model's embeddings and remaining weights to eight bits, and return the model.
 
-    Embeddings are in eight bits in memory as well. The sparse layers compute in float32 with the rounded values; in
-    their file (``save_sparse``) they have eight bits.
+    backend: see ``SparseLinear.from_dense``; "auto" chooses among all engines, also those that round the activations.
     """
     for name, embedding in embeddings(model).items():
         model.set_submodule(name, Int8Embedding.from_embedding(embedding))
-    for layer in sparse_layers(model):
-        layer.quantize()
+    for name in sparse_names(model):
+        model.set_submodule(name, model.get_submodule(name).with_backend(backend, eight_bits=True))
     model.config.weight_bits = 8
     return model
 

@@ -1,7 +1,10 @@
 """Sparse matrices: CSR, bitmaps, and eight-bit rows."""
 
+import math
+
 import torch
 
+BLOCK = 4  # weights of one output that are stored, or left out, together
 LEVELS = 127  # of int8, on either side of zero
 
 
@@ -36,11 +39,24 @@ def to_weight(matrix: tuple[torch.Tensor, ...], in_features: int) -> torch.Tenso
     return torch.zeros(mask.shape, device=mask.device).masked_scatter_(mask, matrix[0])
 
 
-def random_matrix(out_features: int, in_features: int, density: float, device: str = "cpu") -> tuple:
-    """Return a random matrix in CSR with a bias, the same one each time."""
+def densities(matrix: tuple[torch.Tensor, ...], in_features: int) -> tuple[float, float]:
+    """Return the share of the weights [out, in] that are left, and that of the blocks of four inputs that have any.
+
+    Both are rounded, to one digit that matters: engines are compared once for all layers that are about as dense.
+    """
+    _, columns, starts, bias = matrix
+    width = math.ceil(in_features / BLOCK)
+    used = torch.unique(row_numbers(starts) * width + columns.long() // BLOCK)
+    shares = len(columns) / max(1, len(bias) * in_features), len(used) / max(1, len(bias) * width)
+    return tuple(share if share == 1 else round(share, 1 if share > 0.1 else 2) for share in shares)
+
+
+def random_matrix(out_features: int, in_features: int, density: float, device: str = "cpu", block: int = 1) -> tuple:
+    """Return a random matrix in CSR with a bias, the same one each time; zeros come in blocks of ``block`` inputs."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator)
-    mask = torch.rand(weight.shape, generator=generator) < density
+    mask = torch.rand(out_features, math.ceil(in_features / block), generator=generator) < density
+    mask = mask.repeat_interleave(block, 1)[:, :in_features]
     matrix = *mask_to_csr(mask, weight[mask]), torch.randn(out_features, generator=generator)
     return tuple(tensor.to(device) for tensor in matrix)
 
@@ -48,8 +64,22 @@ def random_matrix(out_features: int, in_features: int, density: float, device: s
 def quantize_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int8 numbers [n] and scales float32 [count] for values [n] in the rows [n] of ``count`` rows.
 
-    A value is its number times its row's scale, to within half a scale; a row of zeros has the scale 1.
+    A value is its number times its row's scale, to within half a scale; a row of zeros has the scale 1. Raises
+    ``ValueError`` for values that are not finite.
     """
+    if not values.isfinite().all():
+        raise ValueError("weights must be finite to be rounded to eight bits (got NaN or infinity)")
     largest = torch.zeros(count).scatter_reduce(0, rows, values.abs(), "amax")
     scale = torch.where(largest > 0, largest / LEVELS, 1.0)
     return (values / scale[rows]).round().to(torch.int8), scale
+
+
+def round_csr(matrix: tuple[torch.Tensor, ...]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Return a matrix in CSR rounded to eight bits, without the weights that became zero, and its scales [out]."""
+    values, columns, starts, bias = matrix
+    rows = row_numbers(starts)
+    numbers, scale = quantize_rows(values, rows, len(bias))
+    left = numbers != 0
+    counts = torch.zeros_like(starts)
+    counts[1:] = torch.bincount(rows[left], minlength=len(bias)).cumsum(0)
+    return ((numbers * scale[rows])[left], columns[left], counts, bias), scale

@@ -112,9 +112,9 @@ class SparseGPT2MLP(Float32Inference):
         self.refuse_training(x)
         if self.fused:
             return kernels.multiply(x, self.c_proj.csr(), self.c_fc.csr())
-        inner = self.c_fc(x)
-        tanh = self.activation in TANH_GELU
-        return self.c_proj(F.gelu(inner, approximate="tanh") if tanh else ACT2FN[self.activation](inner))
+        if self.activation in TANH_GELU:
+            return self.c_proj(self.c_fc(x, gelu=True))
+        return self.c_proj(ACT2FN[self.activation](self.c_fc(x)))
 
 
 class SparseGPT2Block(Float32Inference):

@@ -15,26 +15,23 @@ Why it is faster than a dense product as soon as somewhat more than half of the 
 Numba has no vector type, so (2) and (3) are written in LLVM's terms, as a C programmer would use vector extensions.
 """
 
-import ctypes
 import functools
 import math
-import sys
 import warnings
-from pathlib import Path
 
 import numba
 import numpy as np
 import torch
-import torch.nn.functional as F
 from llvmlite import ir
 from numba import carray, cfunc, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from nbhelpers.sparse.threads import l2_bytes, run_workers, torch_threads
+
 LANES = 16  # floats in a vector: one AVX-512 register, two of AVX2 or four of NEON; LLVM splits it
 CHAINS = 4  # independent sums at a time, since an addition takes about four cycles
 VECTORS = (1, 2, 4)  # vectors per row of a tile: tiles of 16, 32 and 64 tokens
-L2_ASSUMED = 512 * 1024  # bytes, where the system does not report it
 
 
 # --- the product ---
@@ -50,15 +47,61 @@ def data_of(context, builder, kind, array):
     return context.make_array(kind)(context, builder, array).data
 
 
-def vector_at(builder, pointer, offset):
-    """Return the pointer to the vector that starts ``offset`` floats after ``pointer``."""
-    return builder.bitcast(builder.gep(pointer, [offset]), VECTOR.as_pointer())
+def vector_at(builder, pointer, offset, kind=VECTOR):
+    """Return the pointer to the vector that starts ``offset`` numbers after ``pointer``."""
+    return builder.bitcast(builder.gep(pointer, [offset]), kind.as_pointer())
 
 
 def splat(builder, number):
     """Return a vector with the same number in every lane."""
-    first = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+    undefined = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+    first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
     return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
+
+
+def sum_row(builder, vectors, arrays, bounds, start, add, add_product):
+    """Emit the sum of values[k] * packed[columns[k], :] over first <= k < last, and return it as ``vectors`` vectors.
+
+    arrays: pointers to values, columns and packed; bounds: first and last; start: the vector that each sum starts with;
+    add(a, b) and add_product(total, x, weight) emit one instruction on vectors.
+    """
+    (value, column, source), (first, last) = arrays, bounds
+
+    def loop(k, sums, step):
+        """Take ``step`` weights per pass while as many are left, each into its own share of the sums."""
+        entry = builder.block
+        test, body, done = (builder.append_basic_block(name) for name in ("test", "body", "done"))
+        builder.branch(test)
+        builder.position_at_end(test)
+        position, totals = builder.phi(INT), [builder.phi(start.type) for _ in sums]
+        for phi, initial in zip([position, *totals], [k, *sums], strict=True):
+            phi.add_incoming(initial, entry)
+        after = builder.add(position, ir.Constant(INT, step))
+        builder.cbranch(builder.icmp_signed("<=", after, last), body, done)
+
+        builder.position_at_end(body)
+        for i in range(step):
+            index = builder.add(position, ir.Constant(INT, i))
+            weight = splat(builder, builder.load(builder.gep(value, [index])))
+            row = builder.sext(builder.load(builder.gep(column, [index])), INT)
+            row = builder.mul(row, ir.Constant(INT, vectors * LANES))
+            for j in range(vectors):
+                place = vector_at(builder, source, builder.add(row, ir.Constant(INT, j * LANES)), start.type)
+                total = totals[i * vectors + j]
+                total.add_incoming(add_product(total, builder.load(place, align=4), weight), body)
+        position.add_incoming(after, body)
+        builder.branch(test)
+        builder.position_at_end(done)
+        return position, totals
+
+    # With a narrow tile, several weights are processed at a time; one sum would wait for its own additions.
+    chains = CHAINS // vectors
+    zero = ir.Constant(start.type, [0] * LANES)
+    k, sums = loop(first, [start] * vectors + [zero] * (vectors * (chains - 1)), chains)
+    for chain in range(1, chains):
+        for j in range(vectors):
+            sums[j] = add(sums[j], sums[chain * vectors + j])
+    return loop(k, sums[:vectors], 1)[1] if chains > 1 else sums
 
 
 @intrinsic
@@ -70,48 +113,19 @@ def sparse_row(typing, width, values, columns, begin, end, bias, packed, result)
     signature = types.void(width, values, columns, begin, end, bias, packed, result)
 
     def generate(context, builder, signature, arguments):
-        vectors, kinds = signature.args[0].count, signature.args
+        kinds = signature.args
         value, column, source, target = (data_of(context, builder, kinds[i], arguments[i]) for i in (1, 2, 6, 7))
-        first, last, start = arguments[3], arguments[4], splat(builder, arguments[5])
-        fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fma.v{LANES}f32"
+        kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
+        fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
+        sums = sum_row(
+            builder,
+            kinds[0].count,
+            (value, column, source),
+            arguments[3:5],
+            splat(builder, arguments[5]),
+            builder.fadd,
+            lambda total, x, weight: builder.call(fma, [weight, x, total]),
         )
-
-        def loop(k, sums, step):
-            """Take ``step`` weights per pass while as many are left, each into its own share of the sums."""
-            entry = builder.block
-            test, body, done = (builder.append_basic_block(name) for name in ("test", "body", "done"))
-            builder.branch(test)
-            builder.position_at_end(test)
-            position, totals = builder.phi(INT), [builder.phi(VECTOR) for _ in sums]
-            for phi, initial in zip([position, *totals], [k, *sums], strict=True):
-                phi.add_incoming(initial, entry)
-            after = builder.add(position, ir.Constant(INT, step))
-            builder.cbranch(builder.icmp_signed("<=", after, last), body, done)
-
-            builder.position_at_end(body)
-            for i in range(step):
-                index = builder.add(position, ir.Constant(INT, i))
-                weight = splat(builder, builder.load(builder.gep(value, [index])))
-                row = builder.sext(builder.load(builder.gep(column, [index])), INT)
-                row = builder.mul(row, ir.Constant(INT, vectors * LANES))
-                for j in range(vectors):
-                    x = vector_at(builder, source, builder.add(row, ir.Constant(INT, j * LANES)))
-                    total = totals[i * vectors + j]
-                    total.add_incoming(builder.call(fma, [weight, builder.load(x, align=4), total]), body)
-            position.add_incoming(after, body)
-            builder.branch(test)
-            builder.position_at_end(done)
-            return position, totals
-
-        # With a narrow tile, several weights are processed at a time; one sum would wait for its own additions.
-        chains = CHAINS // vectors
-        zero = ir.Constant(VECTOR, [0.0] * LANES)
-        k, sums = loop(first, [start] * vectors + [zero] * (vectors * (chains - 1)), chains)
-        for chain in range(1, chains):
-            for j in range(vectors):
-                sums[j] = builder.fadd(sums[j], sums[chain * vectors + j])
-        _, sums = loop(k, sums[:vectors], 1) if chains > 1 else (k, sums)
         for j, total in enumerate(sums):
             builder.store(total, vector_at(builder, target, ir.Constant(INT, j * LANES)), align=4)
         return context.get_dummy_value()
@@ -292,30 +306,6 @@ def worker(vectors: int):
     return make_worker(vectors)
 
 
-@functools.cache
-def torch_threads():
-    """Return the function that runs a worker on torch's OpenMP threads; None where it has others (macOS, Windows)."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    if not sys.platform.startswith("linux") or not library.exists():
-        return None
-    run = getattr(ctypes.CDLL(str(library)), "GOMP_parallel", None)
-    if run is not None:
-        run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    return run
-
-
-@functools.cache
-def l2_bytes() -> int:
-    """Return the size of a core's second-level cache in bytes; 512 KiB where the system does not report it."""
-    for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
-        try:
-            if (cache / "level").read_text().strip() == "2":
-                return int((cache / "size").read_text().strip().removesuffix("K")) * 1024
-        except (OSError, ValueError):
-            continue
-    return L2_ASSUMED
-
-
 def choose_vectors(tokens: int, features: int, threads: int) -> int:
     """Return the width of a tile in vectors: it has to fit the second-level cache, and threads should end together.
 
@@ -354,17 +344,15 @@ def multiply(x: torch.Tensor, matrix: tuple[torch.Tensor, ...], inner: tuple[tor
     workers = min(threads, math.ceil(tokens / (vectors * LANES)))
     scratch = x.new_empty(workers * (n_in + hidden + LANES) * vectors * LANES)
     sizes, counters = np.array([tokens, n_in, hidden, n_out, len(scratch)]), np.zeros(2, np.int64)
-    inner, run = inner or nothing(), torch_threads()
-    if run is None:
+    inner = inner or nothing()
+    if torch_threads() is None:
         arrays = [t.numpy() for t in (scratch, x.view(-1), y.view(-1))]
         layers = [tuple(t.numpy() for t in layer) for layer in (matrix, inner)]
         numba.set_num_threads(min(workers, numba.config.NUMBA_NUM_THREADS))
         multiply_with_numba_threads(workers, (0,) * vectors, (tokens, n_in, hidden, n_out), counters, *arrays, *layers)
         torch.set_num_threads(threads)  # numba and torch may share OpenMP, and so this number
         return y
-    tensors = (scratch, x, y, *matrix, *inner)
-    job = np.array([sizes.ctypes.data, counters.ctypes.data, *(t.data_ptr() for t in tensors)])
-    run(worker(vectors).address, job.ctypes.data, workers, 0)
+    run_workers(worker(vectors), sizes, counters, (scratch, x, y, *matrix, *inner), workers)
     return y
 
 
@@ -385,8 +373,3 @@ def torch_csr(x: torch.Tensor, matrix: tuple[torch.Tensor, ...]) -> torch.Tensor
     silence_torch_csr()
     weight = torch.sparse_csr_tensor(starts, columns, values, (len(bias), x.shape[-1]), check_invariants=False)
     return torch.addmm(bias[:, None], weight, x.t()).t().contiguous()
-
-
-def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Return the same product with the zeros in it."""
-    return F.linear(x, weight, bias)

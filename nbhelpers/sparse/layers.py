@@ -1,14 +1,21 @@
 """A linear layer without its pruned weights: they are not stored, read or multiplied."""
 
+from collections import Counter
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from nbhelpers.sparse import kernels
-from nbhelpers.sparse.engines import ENGINES, choose_backend
-from nbhelpers.sparse.formats import quantize_rows, row_numbers, to_csr, to_weight
+from nbhelpers.sparse import blocks, int8
+from nbhelpers.sparse.engines import EIGHT_BITS, ENGINES, choose_backend
+from nbhelpers.sparse.formats import densities, round_csr, to_csr, to_weight
 
-BACKENDS = ("auto", "numba", "torch_csr", "dense")
+# The buffers in which each engine holds a matrix.
+CSR = ("values", "columns", "starts")
+BUFFERS = {"numba": CSR, "torch_csr": CSR, "dense": ("weight",)}
+BUFFERS |= {"int8": ("packed",), "int8_blocks": (*CSR, "begins")}
+BACKENDS = ("auto", *BUFFERS)
 TYPICAL_TOKENS = 1024  # about eight reviews, for the measurements of "auto"
 
 
@@ -32,10 +39,14 @@ class Float32Inference(nn.Module):
 class SparseLinear(Float32Inference):
     """``y = x @ W.T + bias`` with W[out, in] sparse, made by ``SparseLinear.from_dense``.
 
-    The buffers are ``values`` float32 [nnz], ``columns`` int32 [nnz], ``starts`` int32 [out + 1] (CSR) and ``bias``
-    [out]; with the backend "dense" they are ``weight`` [out, in] and ``bias``. ``backend`` is the engine that runs.
-    After ``quantize``, values are whole multiples of their row's ``scale`` [out]. The constructor makes a layer without
-    any weights left.
+    ``backend`` is the engine that runs, and decides which buffers hold the matrix:
+    "numba", "torch_csr"    values float32 [nnz], columns int32 [nnz], starts int32 [out + 1] (CSR)
+    "dense"                 weight float32 [out, in]
+    "int8"                  packed int8, in oneDNN's layout (see ``int8``)
+    "int8_blocks"           values, columns, starts, begins of blocks of four weights (see ``blocks``)
+    All have ``bias`` [out]. A layer in eight bits has ``scale`` [out] as well: its weights are whole multiples of it.
+    The two int8 engines round the activations to eight bits, too; the other three multiply in float32. The constructor
+    makes a layer without any weights left.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -51,8 +62,9 @@ class SparseLinear(Float32Inference):
     def from_dense(cls, module: nn.Module, backend: str = "auto", tokens: int = TYPICAL_TOKENS) -> "SparseLinear":
         """Return the sparse layer that computes the same as a ``Conv1D`` (weight [in, out]) or ``nn.Linear``.
 
-        Weights equal to zero (0.0 or -0.0) are dropped. backend: "numba", "torch_csr", "dense", or "auto" for the one
-        that is fastest on this machine for this shape and density with ``tokens`` (see ``choose_backend``).
+        Weights equal to zero (0.0 or -0.0) are dropped. backend: an engine, or "auto" for the one that is fastest on
+        this machine for this shape and density with ``tokens`` (see ``choose_backend``), all of which are exact up to
+        float rounding. "int8" and "int8_blocks" round weights and activations to eight bits.
         Raises ``TypeError`` for another module and ``ValueError`` for an unknown backend.
         """
         if not isinstance(module, Conv1D | nn.Linear):
@@ -63,56 +75,90 @@ class SparseLinear(Float32Inference):
         return cls.from_csr(*to_csr(weight), bias, weight.shape[1], backend, tokens)
 
     @classmethod
-    def from_csr(cls, values, columns, starts, bias, in_features: int, backend="auto", tokens=TYPICAL_TOKENS):
-        """Return the same from a matrix in CSR; bias may be None."""
+    def from_csr(
+        cls, values, columns, starts, bias, in_features: int, backend="auto", tokens=TYPICAL_TOKENS, scale=None
+    ):
+        """Return the same from a matrix in CSR; bias may be None.
+
+        scale: float32 [out], where the values are whole multiples of their row's scale, at most 127 times. The int8
+        engines are then among those that "auto" chooses from.
+        """
         bias = values.new_zeros(len(starts) - 1) if bias is None else bias
         matrix, shape = (values, columns, starts, bias), (len(bias), in_features)
         if backend not in BACKENDS:
             raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)} (got {backend!r})")
+        if backend in EIGHT_BITS and scale is None:
+            matrix, scale = round_csr(matrix)
         if backend == "auto":
-            density = len(values) / max(1, shape[0] * shape[1])
-            backend = choose_backend(*shape, round(density, 1 if density > 0.1 else 2), tokens, str(values.device))
+            device = str(values.device)
+            backend = choose_backend(*shape, *densities(matrix, in_features), tokens, device, scale is not None)
         layer = cls(in_features, shape[0])
-        layer.backend, layer.bias = backend, bias
-        if backend == "dense":
-            del layer.values, layer.columns, layer.starts
-            layer.register_buffer("weight", to_weight(matrix, in_features))
-        else:
-            layer.values, layer.columns, layer.starts = values, columns, starts
+        layer.backend, layer.bias, layer.scale = backend, bias, scale
+        layer.set_matrix(matrix)
         return layer.eval()
+
+    def set_matrix(self, matrix: tuple[torch.Tensor, ...]) -> None:
+        """Hold a matrix in CSR as the backend needs it."""
+        names = BUFFERS[self.backend]
+        if self.backend == "dense":
+            tensors = [to_weight(matrix, self.in_features)]
+        elif self.backend in EIGHT_BITS:
+            numbers = (to_weight(matrix, self.in_features) / self.scale[:, None]).round().to(torch.int8)
+            tensors = [int8.pack(numbers)] if self.backend == "int8" else blocks.to_blocks(numbers)
+        else:
+            tensors = matrix[:3]
+        del self.values, self.columns, self.starts
+        for name, tensor in zip(names, tensors, strict=True):
+            self.register_buffer(name, tensor)
+
+    def matrix(self) -> tuple[torch.Tensor, ...]:
+        """Return the buffers that hold the matrix."""
+        return tuple(getattr(self, name) for name in BUFFERS[self.backend])
 
     def csr(self) -> tuple[torch.Tensor, ...]:
         """Return (values, columns, starts, bias), for any backend."""
         if self.backend == "dense":
             return *to_csr(self.weight), self.bias
+        if self.backend in EIGHT_BITS:
+            if self.backend == "int8":
+                numbers = int8.unpack(self.packed, self.in_features)
+            else:
+                numbers = blocks.from_blocks(self.values, self.columns, self.starts, self.in_features)
+            return *to_csr(numbers * self.scale[:, None]), self.bias
         return self.values, self.columns, self.starts, self.bias
 
-    def quantize(self) -> None:
-        """Round the weights that are left to eight bits and a scale per row; they are still multiplied in float32."""
-        values, columns, starts, bias = self.csr()
-        rows = row_numbers(starts)
-        numbers, self.scale = quantize_rows(values, rows, self.out_features)
-        rounded = numbers * self.scale[rows]
-        if self.backend == "dense":
-            self.weight = to_weight((rounded, columns, starts, bias), self.in_features)
-        else:
-            self.values = rounded
+    def with_backend(self, backend: str, eight_bits: bool = False) -> "SparseLinear":
+        """Return the same layer for another engine; with ``eight_bits`` its weights are rounded to eight bits first."""
+        matrix, scale = self.csr(), self.scale
+        if eight_bits and scale is None:
+            matrix, scale = round_csr(matrix)
+        return SparseLinear.from_csr(*matrix, self.in_features, backend, scale=scale)
+
+    def __deepcopy__(self, memo) -> "SparseLinear":
+        """Return a copy; oneDNN's layout cannot be copied, so the layer is made again."""
+        scale = self.scale if self.scale is None else self.scale.clone()
+        return SparseLinear.from_csr(*(t.clone() for t in self.csr()), self.in_features, self.backend, scale=scale)
 
     @property
     def nonzeros(self) -> int:
         """The number of weights that are left."""
-        return len(self.values) if self.backend != "dense" else int(torch.count_nonzero(self.weight))
+        return int(torch.count_nonzero(self.weight)) if self.backend == "dense" else len(self.csr()[0])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in] -> [..., out]. Raises ``RuntimeError`` in training and ``ValueError`` for another width."""
+    def forward(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+        """Return [..., out] from x [..., in]; gelu: whether GELU, in its tanh form, follows.
+
+        Raises ``RuntimeError`` in training and ``ValueError`` for another width.
+        """
         self.refuse_training(x)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"`x` must have {self.in_features} features in its last dimension (got {list(x.shape)})")
         rows = x.reshape(x.shape[:-1].numel(), self.in_features).to(torch.float32)
-        if self.backend == "dense":
-            y = kernels.dense(rows, self.weight, self.bias)
+        if self.backend in EIGHT_BITS:
+            engine = int8 if self.backend == "int8" else blocks
+            y = engine.multiply(rows, (*self.matrix(), self.scale, self.bias), gelu)
         else:
-            y = ENGINES[self.backend](rows, self.csr())
+            y = ENGINES[self.backend](rows, (*self.matrix(), self.bias))
+            y = F.gelu(y, approximate="tanh") if gelu else y
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -128,3 +174,8 @@ def sparse_names(model: nn.Module) -> list[str]:
 def sparse_layers(model: nn.Module) -> list[SparseLinear]:
     """Return a model's sparse layers."""
     return [model.get_submodule(name) for name in sparse_names(model)]
+
+
+def engines_of(model: nn.Module) -> dict[str, int]:
+    """Return how many of a model's sparse layers run on each engine."""
+    return dict(Counter(layer.backend for layer in sparse_layers(model)).most_common())

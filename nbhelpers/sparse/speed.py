@@ -11,10 +11,12 @@ from scipy.sparse import csr_array
 
 from nbhelpers.measurement import compare_speed
 from nbhelpers.sparse import kernels
+from nbhelpers.sparse.engines import dense, int8_engines
 from nbhelpers.sparse.formats import random_matrix, to_weight
+from nbhelpers.sparse.threads import l2_bytes
 from nbhelpers.system.progress import track
 
-COMPARED_ENGINES = ("dense", "numba", "torch_csr", "scipy")
+COMPARED_ENGINES = ("dense", "int8", "numba", "int8_blocks", "torch_csr", "scipy")
 SPARSITIES = (0.5, 0.6, 0.8, 0.9, 0.95)
 TOKENS = (128, 2048)
 
@@ -29,11 +31,11 @@ def sparse_engines(matrix: tuple[torch.Tensor, ...], x: torch.Tensor) -> dict[st
     values, columns, starts, _ = (tensor.numpy() for tensor in matrix)
     scipy_matrix = csr_array((values, columns, starts), shape=(n_out, n_in))
     return {
-        "dense": lambda: kernels.dense(x, weight, bias),
+        "dense": lambda: dense(x, (weight, bias)),
         "numba": lambda: kernels.multiply(x, matrix),
         "torch_csr": lambda: kernels.torch_csr(x, matrix),
         "scipy": lambda: np.ascontiguousarray((scipy_matrix @ x.numpy().T).T) + bias.numpy(),
-    }
+    } | int8_engines(x, weight, bias)
 
 
 def compare_engines(
@@ -111,7 +113,7 @@ def machine_limits() -> dict[str, float]:
 
 def cache_bandwidth(times: int = 200) -> float:
     """Return the bytes per second that all of torch's threads together read from their second-level caches."""
-    x, threads = np.ones(kernels.l2_bytes() // 8, np.float32), torch.get_num_threads()
+    x, threads = np.ones(l2_bytes() // 8, np.float32), torch.get_num_threads()
     kernels.numba.set_num_threads(min(threads, kernels.numba.config.NUMBA_NUM_THREADS))
     seconds = best_seconds(lambda: kernels.sum_often(x, times, threads))
     torch.set_num_threads(threads)  # numba and torch may share OpenMP, and so this number

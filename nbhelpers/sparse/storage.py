@@ -110,6 +110,4 @@ def unpack_layer(parts: dict[str, torch.Tensor], in_features: int, backend: str)
     values, columns, starts = mask_to_csr(mask, values)
     if scale is not None:
         values = values * scale[row_numbers(starts)]
-    layer = SparseLinear.from_csr(values, columns, starts, bias, in_features, backend)
-    layer.scale = scale
-    return layer
+    return SparseLinear.from_csr(values, columns, starts, bias, in_features, backend, scale=scale)

@@ -88,8 +88,7 @@ def test_a_sparse_layer_computes_with_the_rounded_weights(backend):
     dense = nn.Linear(20, 9)
     dense.weight.data *= torch.rand(9, 20) < 0.3
     dense.weight.data[4] = 0
-    layer = SparseLinear.from_dense(dense, backend)
-    layer.quantize()
+    layer = SparseLinear.from_dense(dense, backend).with_backend(backend, eight_bits=True)
     largest = dense.weight.abs().amax(1, keepdim=True)
     scale = torch.where(largest > 0, largest / 127, 1.0)
     rounded = (dense.weight / scale).round() * scale
@@ -120,7 +119,7 @@ def test_eight_bits_change_the_logits_little_and_the_file_much(model, tmp_path):
 
 
 def test_a_model_in_eight_bits_comes_back_to_the_bit(model, tmp_path):
-    sparse = quantize(convert_to_sparse(model, "numba"))
+    sparse = quantize(convert_to_sparse(model), "numba")
     loaded = load_sparse(save_sparse(sparse, tmp_path), "numba")
     assert torch.equal(logits(loaded), logits(sparse))
     assert count_actual_params(loaded) == count_actual_params(sparse)

@@ -187,7 +187,9 @@ def test_training_and_other_types_are_refused():
             convert(layer)
     with pytest.raises(TypeError, match=r"must be a Conv1D or nn.Linear \(got Embedding\)"):
         SparseLinear.from_dense(nn.Embedding(3, 4))
-    with pytest.raises(ValueError, match=r"must be one of auto, numba, torch_csr, dense \(got 'cuda'\)"):
+    with pytest.raises(
+        ValueError, match=r"must be one of auto, numba, torch_csr, dense, int8, int8_blocks \(got 'cuda'\)"
+    ):
         SparseLinear.from_dense(nn.Linear(2, 2), "cuda")
 
 
@@ -208,8 +210,8 @@ def test_auto_takes_the_engine_that_measured_best(monkeypatch):
     module = linear(torch.eye(16))
     for slow, expected in (("multiply", "dense"), ("dense", "numba")):
         with monkeypatch.context() as patch:
-            for name in ("multiply", "dense"):
-                patch.setattr(kernels, name, taking(1 + (name == slow), getattr(kernels, name)))
+            patch.setitem(engines.ENGINES, "numba", taking(1 + (slow == "multiply"), kernels.multiply))
+            patch.setattr(engines, "dense", taking(1 + (slow == "dense"), engines.dense))
             assert SparseLinear.from_dense(module, tokens=64).backend == expected
             assert SparseLinear.from_dense(module, tokens=64).backend == expected
             # A matrix without zeros is not measured.

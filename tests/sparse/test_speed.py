@@ -11,8 +11,10 @@ from nbhelpers.sparse import formats, speed
 def test_engines_agree_with_each_other():
     engines = speed.sparse_engines(formats.random_matrix(30, 20, 0.2), torch.randn(10, 20))
     expected = engines["dense"]()
-    for run in engines.values():
-        torch.testing.assert_close(torch.as_tensor(run()), expected, rtol=1e-4, atol=1e-4)
+    for name, run in engines.items():
+        # A rounded activation is off by up to half its scale, and test_int8.py bounds what that makes.
+        error = 0.1 if name.startswith("int8") else 1e-4
+        torch.testing.assert_close(torch.as_tensor(run()), expected, rtol=1e-4, atol=error)
 
 
 def test_the_table_of_engines_counts_useful_work_and_the_least_traffic():
