@@ -31,6 +31,23 @@ def select_two_of_four(scores: Tensors, model: nn.Module) -> Tensors:
     return masks
 
 
+def select_blocks(scores: Tensors, model: nn.Module, sparsity: float, size: int = 4) -> Tensors:
+    """Return masks that drop whole blocks of ``size`` neighbouring inputs of an output: those of the lowest mean score.
+
+    Exactly round(sparsity * number of blocks) are dropped, of all matrices together. Processors that multiply bytes
+    take four at a time (see ``sparse.blocks``). Raises ``ValueError`` where the number of inputs is not a multiple of
+    ``size``.
+    """
+    means = {}
+    for name, score in scores.items():
+        rows = score.t() if stored_in_out(model, name) else score  # [out, in]
+        if rows.shape[1] % size:
+            raise ValueError(f"the inputs of {name} must be a multiple of {size} (got {rows.shape[1]})")
+        means[name] = rows.reshape(len(rows), -1, size).mean(2)
+    kept = {name: mask.repeat_interleave(size, 1) for name, mask in select(means, sparsity).items()}
+    return {n: (mask.t() if stored_in_out(model, n) else mask).contiguous() for n, mask in kept.items()}
+
+
 def select_structures(scores: Tensors, structures: list[Structures], sparsity: float) -> Tensors:
     """Return masks that drop whole attention heads and neurons: {parameter name: bool tensor, True = kept}.
 

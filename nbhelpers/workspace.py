@@ -353,7 +353,8 @@ def rebuild(run: Run, name: str) -> str:
     return f"run notebook {maker_of(name)} again (./run_all.sh {options} --only {maker_of(name)} --force)"
 
 
-MAKERS = {"scores": "02", "calibration": "02", "sparse": "04", "structured": "04", "compact": "04"}
+MAKERS = {"scores": "02", "calibration": "02", "int8_student": "05"}
+MAKERS |= dict.fromkeys(("sparse", "structured", "compact", "blocks", "int8"), "04")
 MAKERS |= dict.fromkeys(("rates", "pruned", "recovered", "gradual", "taught", "fine_tuned_extra"), "03")
 MAKERS |= dict.fromkeys(("choice_rate", "choice_comparator", "choice_score"), "03")
 MAKERS |= dict.fromkeys(("student", "compressed", "choice_distillation", "choice_compressed"), "05")

@@ -124,6 +124,9 @@ def compute_study(root):
         best = best_score(run)
         conversion.sparsify(run, best, 0.9)
         conversion.compact_model(run, best, 0.5)
+        conversion.block_model(run, best, 0.9)
+        for name in conversion.int8_sources(run, best):
+            conversion.to_int8(run, name)
         run.save_table("curves", pd.concat([pruning.pruned_curves(run), pruning.recovered_curves(run)]))
         comparison.open_test_part(run)
         run.save_table("comparison", comparison.comparison_table(run, ["fine_tuned", "compressed_1"]))

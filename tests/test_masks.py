@@ -9,7 +9,16 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from nbhelpers.masks import GradualKeeper, MaskKeeper, apply_masks, cubic_sparsity, pack, sparsity_of, unpack
+from nbhelpers.masks import (
+    GradualKeeper,
+    MaskKeeper,
+    apply_masks,
+    cubic_sparsity,
+    pack,
+    select_blocks,
+    sparsity_of,
+    unpack,
+)
 from nbhelpers.models import prunable_weights
 
 TINY = {"n_embd": 4, "n_layer": 1, "n_head": 2, "vocab_size": 10, "n_positions": 8, "pad_token_id": 0}
@@ -181,3 +190,19 @@ def test_packed_masks_are_a_bit_per_weight_and_come_back():
     assert packed.numpy().tobytes() == bytes(int(text[i : i + 8], 2) for i in range(0, len(text), 8))
     for name, mask in unpack(packed, masks).items():
         assert mask.dtype == torch.bool and torch.equal(mask, masks[name])
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9, 1.0])
+def test_blocks_are_dropped_whole_by_their_mean_score(toy_model, sparsity):
+    generator = torch.Generator().manual_seed(0)
+    scores = {n: torch.rand(w.shape, generator=generator) for n, w in prunable_weights(toy_model).items()}
+    masks = select_blocks(scores, toy_model, sparsity)
+    blocks = {n: m.view(-1, 4, m.shape[1]) for n, m in masks.items()}  # GPT-2 stores [in, out]
+    means = {n: s.view(-1, 4, s.shape[1]).mean(1) for n, s in scores.items()}
+    kept = torch.cat([b.all(1).flatten() for b in blocks.values()])
+    assert torch.equal(kept, torch.cat([b.any(1).flatten() for b in blocks.values()]))
+    assert int((~kept).sum()) == round(sparsity * len(kept))
+    mean = torch.cat([m.flatten() for m in means.values()])
+    assert not kept.any() or kept.all() or mean[~kept].max() <= mean[kept].min()
+    with pytest.raises(ValueError, match=r"the inputs of .* must be a multiple of 3 \(got 8\)"):
+        select_blocks(scores, toy_model, sparsity, size=3)

@@ -83,14 +83,14 @@ STAGES = {
         ),
         Stage(
             "04_sparse_conversion",
-            "What does it take for zeros to save time and memory?",
+            "What do zeros and small numbers save in time and memory?",
             needs=("fine_tuned", "calibration", "scores_*", "recovered_*"),
-            figures=names("bytes break_even layer roofline speedup latency files structured", prefix="04_"),
-            tables=("engines", "break_even", "latency", "compact_shapes", "structured"),
+            figures=names("bytes engines roofline speedup routes", prefix="04_"),
+            tables=("engines", "break_even", "latency", "compact_shapes", "int8", "routes"),
             gaps=("break_even.sparsity",),
             metrics=names(
                 "model largest_logit_difference validation_accuracy masked_speedup layer_speedup_at_90 "
-                "best_model_speedup file_ratio limits structured unstructured_rival",
+                "best_model_speedup file_ratio limits structured unstructured_rival int8",
                 prefix="sparse.",
             ),
         ),
@@ -99,7 +99,7 @@ STAGES = {
             "Can a shallower model be taught the same?",
             needs=("fine_tuned",),
             figures=names("softened scan learning_curves accuracy speed compressed", prefix="05_"),
-            tables=("distillation_scan", "students", "student_speed", "compression", "compressed_speed"),
+            tables=names("distillation_scan students student_int8 student_speed compression compressed_speed"),
             metrics=names(
                 "alpha temperature teacher_accuracy best_student best_accuracy soft_targets_worth_points "
                 "teacher_layers_worth_points speedup compressed",

@@ -33,11 +33,15 @@ COLORS = {
     "movement_first_order": "#999933",
     "sparsegpt": "#44AA99",
     "torch_csr": "#661100",
+    "int8": "#6A3D9A",
+    "int8_blocks": "#E377C2",
+    "int8_blocks, 1x4": "#C51B7D",
 }
 MARKERS = {
     "pruned": "o",
     "recovered": "s",
     "dense": "D",
+    "int8": "X",
     "sparse": "^",
     "compact": "P",
     "student": "v",

@@ -7,6 +7,7 @@ import pandas as pd
 from nbhelpers.profiles import get_profile
 from nbhelpers.report.chapters import STAGES
 from nbhelpers.report.style import label
+from nbhelpers.sparse.speed import IN_BLOCKS
 from nbhelpers.workspace import Run, open_run
 
 
@@ -245,3 +246,24 @@ def in_time(minutes: float) -> str:
 
 def gigabytes(value: float) -> str:
     return f"{value / 1e9:.1f}"
+
+
+def passes(even: pd.DataFrame, engine: str, against: str) -> str:
+    """Return from which sparsity on an engine is faster than a dense product, in words; even: of ``break_even``."""
+    found = even[(even["engine"] == engine) & (even["against"] == against)]["sparsity"]
+    low, high = found.min(), found.max()
+    if found.isna().all():
+        return "at none of the sparsities measured"
+    where = f"from {low:.0%} on" if f"{low:.0%}" == f"{high:.0%}" else f"from {low:.0%} to {high:.0%} on"
+    return where + (f" in {found.notna().sum()} of {len(found)} shapes" if found.isna().any() else "")
+
+
+def engines_text(table: pd.DataFrame, even: pd.DataFrame) -> str:
+    """Return what the speeds of the engines show; table: of ``compare_engines``; even: of ``break_even``."""
+    int8 = table[table["name"] == "int8"]["speedup"]
+    sparse = f"Sparse products in fp32 pass fp32 dense {passes(even, 'numba', 'dense')}"
+    if int8.empty:
+        return f"{sparse}. This machine has no int8 product."
+    blocks = f", int8 in blocks of four {passes(even, IN_BLOCKS, 'int8')}" if IN_BLOCKS in set(table["name"]) else ""
+    first = f"int8 dense is {int8.min():.1f} to {int8.max():.1f} times as fast as fp32 dense, without a zero"
+    return f"{first}. {sparse} and int8 dense {passes(even, 'numba', 'int8')}{blocks}."

@@ -40,6 +40,7 @@ VECTORS = 2  # vectors per row of a tile: 32 tokens, the fastest or next to it f
 WORDS = ir.VectorType(ir.IntType(32), LANES)
 
 
+@functools.cache
 def byte_instructions() -> str | None:
     """Return what this processor multiplies bytes with: "avx512vnni", "avxvnni", "avx2", or None for anything else."""
     features = binding.get_host_cpu_features()

@@ -80,16 +80,18 @@ def factorize_embedding(model: nn.Module, rank: int) -> nn.Module:
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, backend: str = "auto") -> nn.Module:
-    """Round, in place, a sparse model's embeddings and remaining weights to eight bits, and return the model.
+def quantize(model: nn.Module, backend: str = "auto", tables: bool = True) -> nn.Module:
+    """Round, in place, the weights of a sparse model's layers to eight bits, and return the model.
 
     backend: see ``SparseLinear.from_dense``; "auto" chooses among all engines, also those that round the activations.
+    tables: whether the embeddings are rounded, too. Biases, LayerNorms and the head stay in float32.
     """
-    for name, embedding in embeddings(model).items():
-        model.set_submodule(name, Int8Embedding.from_embedding(embedding))
     for name in sparse_names(model):
         model.set_submodule(name, model.get_submodule(name).with_backend(backend, eight_bits=True))
-    model.config.weight_bits = 8
+    if tables:
+        for name, embedding in embeddings(model).items():
+            model.set_submodule(name, Int8Embedding.from_embedding(embedding))
+        model.config.weight_bits = 8
     return model
 
 

@@ -13,7 +13,7 @@ import torch
 
 from nbhelpers.study.choices import best_comparator, best_score, distillation_scales
 from nbhelpers.study.comparison import LINES, open_test_part, recovered_names
-from nbhelpers.study.conversion import compact_model, structured_sparsities
+from nbhelpers.study.conversion import block_model, compact_model, structured_sparsities
 from nbhelpers.study.fine_tuning import finetune_model
 from nbhelpers.study.inputs import runs_of
 from nbhelpers.study.predictions import answers_right, split_logits
@@ -144,6 +144,7 @@ def phases(run: Run, notebooks: set[str] | None = None) -> list[list[Cell]]:
                 Cell(f"structured-{first}-{share:g}", "04", lambda share=share: compact(run, share))
                 for share in profile.structured_sparsities
             ),
+            Cell(f"blocks-{first}", "04", lambda: block_model(run, best_score(run), profile.main_sparsity)),
             *(
                 Cell(f"compress-{first}-{n}", "05", lambda n=n: compress_student(run, n))
                 for n in profile.student_layers

@@ -10,7 +10,7 @@ from nbhelpers.sparse import count_actual_params
 from nbhelpers.study.artefacts import layer_count, model_bytes, model_name
 from nbhelpers.study.baseline import tfidf_right
 from nbhelpers.study.choices import best_comparator, best_compressed, best_score
-from nbhelpers.study.conversion import converted_sparsities, structured_sparsities
+from nbhelpers.study.conversion import converted_sparsities, int8_sources, structured_sparsities
 from nbhelpers.study.inputs import dataset, latency_batch
 from nbhelpers.study.predictions import answers_right, open_test, right_over_seeds, split_logits
 from nbhelpers.study.pruning import contenders, recoveries
@@ -23,12 +23,13 @@ LINES = ("fine_tuned", "fine_tuned_extra")  # the dense model, and the same with
 
 
 def compared_models(run: Run) -> list[str]:
-    """Return the models of the first seed that notebook 06 compares: dense, recovered, sparse, compact, and 05's."""
+    """Return the models of the first seed that notebook 06 compares: those of 01, 03, 04 and 05, in this order."""
     main, best = run.profile.main_sparsity, best_score(run)
     recovered = [model_name("recovered", c, main) for c in contenders(best_comparator(run))]
     sparse = [model_name("sparse", best, sparsity) for sparsity in converted_sparsities(run.profile)]
     compact = [model_name("compact", best, sparsity) for sparsity in structured_sparsities(run)]
-    return [*LINES, *recovered, *sparse, *compact, *student_names(run.profile)]
+    int8 = [f"int8_{name}" for name in int8_sources(run, best)]
+    return [*LINES, *recovered, *sparse, *compact, *int8, *student_names(run.profile)]
 
 
 def recovered_names(run: Run) -> dict[tuple[str, float], str]:

@@ -6,7 +6,9 @@
     python -m nbhelpers.tools.benchmark selection  scores, thresholds and masks of GPT-2's block weights
     python -m nbhelpers.tools.benchmark training   our training loop and our evaluation against transformers.Trainer's
 
-``models`` includes ONNX Runtime where it is installed (pip install onnxruntime onnx onnxscript).
+``layers`` and ``models`` run on one thread and on all of torch's, or on each number in ``--threads``. Engines that this
+machine does not have are left out. ``models`` includes ONNX Runtime, in float32 and int8, where it is installed (pip
+install onnxruntime onnx onnxscript).
 """
 
 import argparse
@@ -39,11 +41,12 @@ from nbhelpers.criteria import merge_scores
 from nbhelpers.data import IMDbDataset, load_reviews
 from nbhelpers.evaluation import predict_logits
 from nbhelpers.masks import apply_masks
-from nbhelpers.measurement import by_model, compare_latency, compare_speed, peak_memory, speedups
+from nbhelpers.measurement import by_model, compare_latency, compare_speed, peak_memory, speedups, with_threads
 from nbhelpers.models import MINI, load_tokenizer, prunable_layers, prunable_weights
 from nbhelpers.profiles import get_profile
 from nbhelpers.selection import select
-from nbhelpers.sparse import convert_gpt2_to_sparse
+from nbhelpers.sparse import blocks, convert_gpt2_to_sparse, int8
+from nbhelpers.sparse.formats import BLOCK
 from nbhelpers.sparse.speed import SPARSITIES, TOKENS, compare_engines, machine_limits
 from nbhelpers.system.machine import versions
 from nbhelpers.training import Recipe, mixed_precision, train
@@ -51,6 +54,14 @@ from nbhelpers.training import Recipe, mixed_precision, train
 MODELS = {"gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}}
 SHIPPED = json.loads((MINI / "config.json").read_text(encoding="utf-8"))
 MODELS["mini"] = {key: SHIPPED[key] for key in MODELS["gpt2"]}
+# Our rows of the table of whole models: the weights and the engine of each.
+PACKED = {
+    "dense, packed": ("dense", "dense"),
+    "int8, packed": ("dense", "int8"),
+    "sparse": ("sparse", "numba"),
+    "sparse, int8": ("sparse", "int8_blocks"),
+    "blocks, int8": ("blocks", "int8_blocks"),
+}
 
 
 def block_matrices(width: int) -> tuple[tuple[int, int], ...]:
@@ -58,61 +69,113 @@ def block_matrices(width: int) -> tuple[tuple[int, int], ...]:
     return (width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)
 
 
-def random_gpt2(shape: str, sparsity: float) -> GPT2ForSequenceClassification:
-    """Return a GPT-2 of a shape in ``MODELS`` with random weights, a share of each block matrix set to zero."""
+def random_gpt2(shape: str, sparsity: float, block: int = 1) -> GPT2ForSequenceClassification:
+    """Return a GPT-2 of a shape in ``MODELS`` with random weights, a share of each block matrix set to zero.
+
+    block: neighbouring inputs of one output that are set to zero together; one block of a matrix may be cut.
+    """
     torch.manual_seed(0)
     model = GPT2ForSequenceClassification(GPT2Config(**MODELS[shape], pad_token_id=0)).eval()
-    scores = {name: torch.rand(weight.shape) for name, weight in prunable_weights(model).items()}
+    shapes = {name: weight.shape for name, weight in prunable_weights(model).items()}  # [in, out]
+    scores = {name: torch.rand(n // block, m).repeat_interleave(block, 0) for name, (n, m) in shapes.items()}
     return apply_masks(model, select(scores, sparsity, scope="layer"))
 
 
-def onnx_model(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable | None:
-    """Return the dense model in ONNX Runtime on as many threads as torch has, or None where it is not installed."""
+# --- whole models ---
+
+
+class LastLogits(nn.Module):
+    """A GPT-2 classifier of reviews without padding, from whose ids it computes the logits [reviews, labels]."""
+
+    def __init__(self, model: GPT2ForSequenceClassification):
+        super().__init__()
+        self.body, self.score = model.transformer, model.score
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.score(self.body(input_ids, use_cache=False).last_hidden_state[:, -1])
+
+
+def export_onnx(model: GPT2ForSequenceClassification, ids: torch.Tensor, folder: str) -> dict[str, Path]:
+    """Write a model in float32 and in int8 for ONNX Runtime: {name: file}, none where it is not installed."""
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401 (the exporter needs it)
     except ImportError as error:
         print(f"ONNX Runtime is left out ({error}): pip install onnxruntime onnx onnxscript")
-        return None
+        return {}
+    exact, rounded = (Path(folder) / f"{kind}.onnx" for kind in ("float32", "int8"))
+    torch.onnx.export(LastLogits(model).eval(), (ids,), exact, input_names=["input_ids"], dynamo=True, verbose=False)
+    quantize_onnx(exact, rounded, 4 * model.config.n_layer)
+    return {"ONNX Runtime": exact, "ONNX Runtime, int8": rounded}
 
-    class Logits(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.score = model.transformer, model.score
 
-        def forward(self, input_ids):
-            return self.score(self.body(input_ids, use_cache=False).last_hidden_state[:, -1])
+def quantize_onnx(exact: Path, rounded: Path, products: int) -> None:
+    """Write an ONNX model with its products in int8; raise ``RuntimeError`` if fewer than ``products`` become so."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxscript import ir
 
-    options = onnxruntime.SessionOptions()
+    # As in our engines, the embeddings stay in float32.
+    quantize_dynamic(exact, rounded, ["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
+    found = sum(node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul") for node in ir.load(rounded).graph)
+    if found < products:
+        raise RuntimeError(f"ONNX Runtime must quantize at least {products} matrix products (got {found})")
+
+
+def onnx_session(path: Path, ids: torch.Tensor) -> Callable[[], np.ndarray]:
+    """Return the function that runs an ONNX model on as many threads as torch has."""
+    import onnxruntime
+
+    options, inputs = onnxruntime.SessionOptions(), {"input_ids": ids.numpy()}
     options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "model.onnx")
-        torch.onnx.export(Logits().eval(), (batch["input_ids"],), path, input_names=["input_ids"], dynamo=True)
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    ids = batch["input_ids"].numpy()
-    return lambda: session.run(None, {"input_ids": ids})[0]
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # its threads would slow the next engine
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, inputs)[0]
 
 
-def compare_models(shape: str, sparsity: float, reviews: int, length: int, repeats: int = 7) -> pd.DataFrame:
-    """Time a random model of a shape on reviews without padding, by each engine.
+def logits_of(model: nn.Module, ids: torch.Tensor) -> np.ndarray:
+    """Return a model's logits [reviews, labels] for reviews without padding."""
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.numpy()
 
-    Columns: model, latency_ms, latency_low_ms, latency_high_ms, speedup, speedup_low, speedup_high (over the dense
-    model of ``transformers``). "dense, packed" is our model with dense products.
+
+@torch.inference_mode()
+def logit_errors(functions: dict[str, Callable[[], np.ndarray]], weights: dict[str, nn.Module], ids) -> list[float]:
+    """Return each engine's largest difference from the logits of its weights in ``transformers``, over the largest one.
+
+    Raises ``RuntimeError`` where ONNX Runtime's float32 logits differ.
     """
-    model = random_gpt2(shape, sparsity)
-    ids = torch.randint(1, model.config.vocab_size, (reviews, length), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    models = {"dense": model, "dense, packed": convert_gpt2_to_sparse(model, "dense")}
-    models |= {"sparse": convert_gpt2_to_sparse(model), "torch_csr": convert_gpt2_to_sparse(model, "torch_csr")}
-    functions = {name: partial(m, **batch) for name, m in models.items()}
-    runtime = onnx_model(model, batch)
-    if runtime:
-        functions["onnxruntime"] = runtime
-        with torch.inference_mode():
-            largest = abs(runtime() - model(**batch).logits.numpy()).max()
-        if largest > 1e-2:
-            raise RuntimeError(f"ONNX Runtime's logits must differ by less than 0.01 (got {largest:.3g})")
-    return by_model(compare_speed(functions, repeats))
+    exact, errors = {name: logits_of(model, ids) for name, model in weights.items()}, {}
+    for name, function in functions.items():
+        expected = exact[PACKED.get(name, ("dense",))[0]]
+        errors[name] = abs(function() - expected).max() / abs(expected).max()
+    if errors.get("ONNX Runtime", 0) > 1e-3:
+        raise RuntimeError(f"ONNX Runtime's logit error must be at most 0.001 (got {errors['ONNX Runtime']:.3g})")
+    return list(errors.values())
+
+
+def compare_models(shape: str, sparsity: float, reviews: int, length: int, threads=(1,), repeats=7) -> pd.DataFrame:
+    """Time a random model of a shape on reviews without padding, by each engine, on each number of threads.
+
+    "dense" is the model of ``transformers``; "packed" is ours, which computes only what the logits depend on, as do the
+    models that are pruned to a sparsity in single weights ("sparse") or in blocks of 1x4 ("blocks"). ONNX Runtime
+    computes the unpruned model. Columns: model, latency_ms, latency_low_ms, latency_high_ms, speedup, speedup_low,
+    speedup_high (over "dense"), logit_error (see ``logit_errors``), threads.
+    """
+    weights = {"dense": random_gpt2(shape, 0.0), "sparse": random_gpt2(shape, sparsity)}
+    weights["blocks"] = random_gpt2(shape, sparsity, BLOCK)
+    missing = [name for name, engine in (("int8", int8), ("int8_blocks", blocks)) if not engine.is_available()]
+    packed = {name: parts for name, parts in PACKED.items() if parts[1] not in missing}
+    engines, tables = {"dense": weights["dense"]}, []
+    engines |= {name: convert_gpt2_to_sparse(weights[kind], backend) for name, (kind, backend) in packed.items()}
+    ids = torch.randint(1, MODELS[shape]["vocab_size"], (reviews, length), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        files = export_onnx(weights["dense"], ids, folder)
+        for count in threads:
+            with with_threads(count):
+                functions = {name: partial(logits_of, model, ids) for name, model in engines.items()}
+                functions |= {name: onnx_session(path, ids) for name, path in files.items()}
+                about = {"logit_error": logit_errors(functions, weights, ids), "threads": count}
+                tables.append(by_model(compare_speed(functions, repeats)).assign(**about))
+    return pd.concat(tables, ignore_index=True)
 
 
 # --- selection ---
@@ -260,12 +323,14 @@ def compare_training(shape: str, batch_size: int, length: int, steps: int, repea
 
 
 def layers(options) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield a title and a table for each matrix of each shape."""
+    """Yield a title and a table for each matrix of each shape and each number of threads."""
     for shape in options.shapes:
         for n_in, n_out in block_matrices(MODELS[shape]["n_embd"]):
-            sparsities = options.sparsities or SPARSITIES
-            table = compare_engines([(n_in, n_out)], sparsities, options.tokens, options.repeats)
-            yield f"{shape} {n_in} x {n_out}", table
+            for count in options.threads:
+                with with_threads(count):
+                    sparsities = options.sparsities or SPARSITIES
+                    table = compare_engines([(n_in, n_out)], sparsities, options.tokens, options.repeats)
+                yield f"{shape} {n_in} x {n_out}", table.assign(threads=count)
 
 
 def models(options) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -273,7 +338,8 @@ def models(options) -> Iterator[tuple[str, pd.DataFrame]]:
     for shape in options.shapes:
         for sparsity in options.sparsities or (0.8, 0.9):
             title = f"{shape}, {sparsity:.0%} of the block weights zero, {options.batch} x {options.length} tokens"
-            table = compare_models(shape, sparsity, options.batch, options.length, options.repeats)
+            size = (sparsity, options.batch, options.length)
+            table = compare_models(shape, *size, options.threads, options.repeats)
             yield title, table.assign(shape=shape, sparsity=sparsity)
 
 
@@ -311,6 +377,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="models: tokens of each review; training: at most")
     parser.add_argument("--steps", type=int, default=20, help="training: optimizer steps of a pass")
     parser.add_argument("--repeats", type=int, default=9)
+    counts = sorted({1, torch.get_num_threads()})
+    parser.add_argument("--threads", nargs="+", type=int, default=counts, help="layers, models: numbers of threads")
     parser.add_argument("--csv", type=Path, help="also write the table to this file")
     options = parser.parse_args()
     os.environ["NBHELPERS_BATCH"] = "1"  # no progress bars: drawing them takes time

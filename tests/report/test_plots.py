@@ -289,17 +289,18 @@ def test_a_bar_per_step_says_size_and_accuracy():
     assert shown(ax.texts)[-1] == "1.50 MB, 86.1% right"
 
 
-def test_break_even_and_roofline_show_the_engines():
+def test_speeds_and_roofline_show_the_engines():
     engines = pd.DataFrame(
         {"in": 4, "out": 8, "tokens": 64, "sparsity": [0.5, 0.9] * 2, "name": ["numba"] * 2 + ["dense"] * 2}
     )
     engines = engines.assign(speedup=[1.0, 3.0, 1, 1], speedup_low=0.9, speedup_high=3.5, intensity=8.0, gflops=20.0)
-    (ax,) = drawn(plots.break_even(engines, "numba"))
-    assert heights(ax.lines) == [[1.0, 3.0], [1, 1]] and "4 to 8" in shown(ax.texts)
-    (ax,) = drawn(plots.roofline(engines, {"memory_gbs": 10.0, "dense_gflops": 50.0, "cache_gbs": float("nan")}))
-    roof = ax.lines[0]
-    assert roof.get_ydata() == pytest.approx(np.minimum(10 * roof.get_xdata(), 50))
-    assert shown(ax.get_legend().get_texts()) == ["numba", "dense"]
+    (ax,) = drawn(plots.engine_speeds(engines))
+    assert heights(ax.lines) == [[1.0, 3.0], [1, 1]] and "fp32 sparse" in shown(ax.texts)
+    limits = {"memory_gbs": 10.0, "dense_gflops": 50.0, "int8_gops": 200.0, "cache_gbs": float("nan")}
+    (ax,) = drawn(plots.roofline(engines, limits))
+    for roof, height in zip(ax.lines, (50, 200), strict=False):
+        assert roof.get_ydata() == pytest.approx(np.minimum(10 * roof.get_xdata(), height))
+    assert shown(ax.get_legend().get_texts()) == ["fp32 sparse", "fp32 dense"]
 
 
 # --- comparisons ---

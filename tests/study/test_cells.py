@@ -37,7 +37,7 @@ def test_cells_and_phases_of_smoke():
         ["choose-comparator", "choose-distillation"],
         [f"recover-{seed}-{c}" for seed, c in scores] + small,
         ["choose-score"],
-        [*ways, "structured-0-0.5", "compress-0-1"],
+        [*ways, "structured-0-0.5", "blocks-0", "compress-0-1"],
         ["choose-compressed", "open-test"],
         ["evaluate-dense-0", "evaluate-dense-1", *(f"evaluate-{seed}-{c}" for seed, c in scores)],
     ]
@@ -112,6 +112,7 @@ def test_the_notebooks_find_all_that_the_cells_have_computed(computed, monkeypat
             name = pruning.recover_otherwise(one, way, best_score(run), run.profile.main_sparsity)
             predictions.answers_right(one, name, "validation")
     conversion.compact_model(run, best_score(run), run.profile.structured_sparsities[0])
+    conversion.block_model(run, best_score(run), run.profile.main_sparsity)
     students.distil_all(run)
     students.compress_all(run)
     comparison.open_test_part(run)

@@ -31,13 +31,16 @@ def right(run: Run, name: str, split: str = "test", seeds: int = 2) -> np.ndarra
 # --- one seed ---
 
 
-def test_compared_are_the_dense_the_recovered_the_sparse_the_compact_and_the_students(study):
+def test_compared_are_the_models_of_all_notebooks_in_their_order(study):
     assert comparison.compared_models(study.run) == [
         "fine_tuned",
         "fine_tuned_extra",
         *(f"recovered_{criterion}_90" for criterion in (*MAIN, study.comparator)),
         f"sparse_{study.best}_90",
         f"compact_{study.best}_50",
+        "int8_fine_tuned",
+        f"int8_blocks_{study.best}_90",
+        f"int8_compact_{study.best}_50",
         "student_distilled_1",
         "student_labels_only_1",
         "student_distilled_random_1",

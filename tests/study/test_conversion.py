@@ -36,3 +36,28 @@ def test_a_compact_model_computes_what_the_structured_one_does(study):
     # The same sums without the terms that are zero, in another order.
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4)
     assert sum(small.config.kept_neurons) < 2 * 4 * masked.config.n_embd
+
+
+def test_a_block_model_has_only_whole_blocks_of_four_left(study):
+    model = study.run.load_model(f"blocks_{study.best}_90")
+    dropped = total = 0
+    for weight in prunable_weights(model).values():
+        blocks = (weight != 0).view(len(weight) // 4, 4, -1)  # GPT-2 stores [in, out]
+        assert torch.equal(blocks.all(1), blocks.any(1))
+        dropped, total = dropped + int((~blocks.any(1)).sum()), total + blocks[:, 0].numel()
+    assert dropped == round(0.9 * total)
+
+
+def test_models_in_eight_bits_are_compared_with_what_they_were_made_from(study):
+    run = study.run
+    names = conversion.int8_sources(run, study.best)
+    assert names == ["fine_tuned", f"blocks_{study.best}_90", f"compact_{study.best}_50"]
+    table = conversion.compare_int8(run, names).set_index("model")
+    for name, row in table.iterrows():
+        before, after = (run.load_model(model) for model in (name, f"int8_{name}"))
+        assert torch.equal(before.transformer.wte.weight, after.transformer.wte.weight)
+        logits = [predictions.split_logits(run, model, "validation") for model in (name, f"int8_{name}")]
+        assert row["largest_logit_difference"] == pytest.approx(np.abs(logits[0] - logits[1]).max())
+        assert 0 < row["largest_logit_difference"] < 0.1 * np.abs(logits[0]).max()
+        assert row["file_bytes_int8"] < row["file_bytes"]
+        assert sum(int(part.split()[0]) for part in row["engines"].split(", ")) == 4 * len(before.transformer.h)

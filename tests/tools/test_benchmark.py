@@ -10,6 +10,7 @@ import torch
 from nbhelpers.data import IMDbDataset, load_reviews
 from nbhelpers.models import load_tokenizer, prunable_weights
 from nbhelpers.profiles import get_profile
+from nbhelpers.sparse import blocks, int8
 from nbhelpers.tools import benchmark
 from nbhelpers.training import Recipe, train
 
@@ -28,15 +29,45 @@ def shape(monkeypatch):
     return use
 
 
+def test_random_models_are_pruned_to_the_sparsity_in_single_weights_or_in_blocks(shape):
+    single, in_blocks = (prunable_weights(benchmark.random_gpt2("mini", 0.75, block)) for block in (1, 4))
+    for weights in (single, in_blocks):
+        assert all((weight == 0).sum() == 0.75 * weight.numel() for weight in weights.values())
+    for name, weight in in_blocks.items():  # [in, out]
+        fours = (weight.view(-1, 4, weight.shape[1]) != 0).sum(1)
+        assert ((fours == 0) | (fours == 4)).all() and not torch.equal(weight, single[name]), name
+
+
 def test_whole_models_are_compared_on_equal_terms(shape, monkeypatch, capsys):
-    assert all(
-        (w == 0).sum() == 0.75 * w.numel() for w in prunable_weights(benchmark.random_gpt2("mini", 0.75)).values()
-    )
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    table = benchmark.compare_models("mini", 0.5, reviews=2, length=6, repeats=2)
-    assert table["model"].tolist() == ["dense", "dense, packed", "sparse", "torch_csr"]
-    assert table["speedup"][0] == 1
+    table = benchmark.compare_models("mini", 0.5, reviews=2, length=6, threads=(1, 2), repeats=2)
+    missing = [name for name, engine in (("int8", int8), ("int8_blocks", blocks)) if not engine.is_available()]
+    ours = [name for name, (_, engine) in benchmark.PACKED.items() if engine not in missing]
+    assert table["model"].tolist() == 2 * ["dense", *ours]
+    assert table["threads"].tolist() == [1] * (1 + len(ours)) + [2] * (1 + len(ours))
+    assert (table[table["model"] == "dense"][["speedup", "logit_error"]] == [1, 0]).all().all()
+    in_int8 = table["model"].str.contains("int8")
+    assert (table["logit_error"][~in_int8] < 1e-4).all() and table["logit_error"][in_int8].between(1e-5, 0.2).all()
     assert "pip install onnxruntime" in capsys.readouterr().out
+    assert torch.get_num_threads() == 1
+
+    monkeypatch.setattr(int8, "is_available", lambda: False)
+    table = benchmark.compare_models("mini", 0.5, reviews=2, length=6, repeats=1)
+    assert table["model"].tolist() == ["dense", "dense, packed", "sparse"]
+
+
+def test_onnx_runtime_computes_the_same_model_in_float32_and_with_all_products_in_int8(shape, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, ids = benchmark.random_gpt2("mini", 0.0), torch.randint(1, 20, (2, 6))
+    files = benchmark.export_onnx(model, ids, str(tmp_path))
+    functions = {name: benchmark.onnx_session(path, ids) for name, path in files.items()}
+    exact, rounded = benchmark.logit_errors(functions, {"dense": model}, ids)
+    assert exact < 1e-4 and 1e-5 < rounded < 0.2
+    with pytest.raises(RuntimeError, match=r"at least 10 matrix products \(got 9\)"):
+        benchmark.quantize_onnx(files["ONNX Runtime"], tmp_path / "more.onnx", 10)
+    with pytest.raises(RuntimeError, match=r"must be at most 0\.001"):
+        benchmark.logit_errors({"ONNX Runtime": functions["ONNX Runtime, int8"]}, {"dense": model}, ids)
 
 
 def test_both_selections_drop_the_same_weights_and_ours_holds_the_scores_of_one_matrix_at_a_time(shape):

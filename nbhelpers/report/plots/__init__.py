@@ -13,7 +13,7 @@ from nbhelpers.report.plots.shared import (
     small_tensors,
     tradeoff,
 )
-from nbhelpers.report.plots.speed import break_even, roofline, step_sizes
+from nbhelpers.report.plots.speed import ENGINE_NAMES, engine_speeds, roofline, step_sizes
 from nbhelpers.report.plots.training import confusion, learning_curves, lengths
 from nbhelpers.report.plots.weights import (
     dropped_heads,

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from nbhelpers.report.style import (
@@ -11,65 +10,68 @@ from nbhelpers.report.style import (
     color,
     describe,
     in_percent,
-    label,
     legend_beside,
     name_lines,
     note,
     plain_numbers,
 )
 
+ENGINE_NAMES = {
+    "dense": "fp32 dense",
+    "int8": "int8 dense",
+    "numba": "fp32 sparse",
+    "int8_blocks": "int8 sparse",
+    "int8_blocks, 1x4": "int8, blocks of 4",
+    "torch_csr": "torch.sparse",
+}
+ENGINE_LINES = {"int8": ":", "int8_blocks": "--"}
 
-def break_even(table: pd.DataFrame, engine: str) -> Figure:
-    """Draw the speed-up of an engine over the dense product against sparsity: one panel per batch, one line per shape.
 
-    table: of ``sparse.speed.compare_engines``; the bands are quartiles.
+def engine_speeds(table: pd.DataFrame) -> Figure:
+    """Draw the speed of each engine over the fp32 dense product against sparsity, one panel per matrix shape.
+
+    table: of ``sparse.speed.compare_engines``, of one number of tokens; the bands are quartiles.
     """
-    sizes = sorted(table["tokens"].unique())
-    figure, row = axes(len(sizes), width=3.7 * len(sizes), height=3.8, sharey=True)
-    for ax, size in zip(row, sizes, strict=True):
-        part = table[(table["name"] == engine) & (table["tokens"] == size)]
-        for i, ((n_in, n_out), curve) in enumerate(part.groupby(["in", "out"])):
-            shade = sns.color_palette("viridis", 4)[i % 4]
-            ax.plot(curve["sparsity"], curve["speedup"], marker="o", color=shade, label=f"{n_in} to {n_out}")
-            ax.fill_between(curve["sparsity"], curve["speedup_low"], curve["speedup_high"], color=shade, alpha=0.15)
+    shapes = list(table.groupby(["in", "out"]))
+    figure, row = axes(len(shapes), width=1.6 + 2.6 * len(shapes), height=4.2, sharey=True)
+    for ax, ((n_in, n_out), part) in zip(row, shapes, strict=True):
+        for name, curve in part[part["name"] != "dense"].groupby("name", sort=False):
+            look = {"color": color(name), "linestyle": ENGINE_LINES.get(name, "-")}
+            ax.plot(curve["sparsity"], curve["speedup"], marker=".", label=ENGINE_NAMES.get(name, name), **look)
+            ax.fill_between(
+                curve["sparsity"], curve["speedup_low"], curve["speedup_high"], color=color(name), alpha=0.15
+            )
         ax.axhline(1, color=COLORS["dense"], linestyle="--")
-        note(ax, 0.03, 1, "dense")
-        ax.set(title=f"{size:,} tokens", xlabel="share of weights removed")
+        ax.set(title=f"{n_in} to {n_out}", xlabel="weights removed", yscale="log")
         in_percent(ax.xaxis)
-    row[0].set_ylabel("speed, dense product = 1")
+        plain_numbers(ax.yaxis)
+    row[0].set_ylabel("speed, fp32 dense = 1")
     name_lines(row[-1])
-    describe(figure, "A line is a matrix: features in to features out")
+    describe(figure, "A panel is a matrix shape: features in to features out")
     return figure
 
 
 def roofline(table: pd.DataFrame, limits: dict[str, float]) -> Figure:
     """Draw each engine's useful work per second below the machine's limits (Williams, Waterman and Patterson, 2009).
 
-    table: rows of ``sparse.speed.compare_engines`` at one sparsity and number of tokens; limits: of
-    ``sparse.speed.machine_limits``.
+    There are two roofs, those of dense products in fp32 and in int8, where the machine has both. table: rows of
+    ``sparse.speed.compare_engines`` at one sparsity and number of tokens; limits: of ``sparse.speed.machine_limits``.
     """
     figure, (ax,) = axes(width=8.2, height=4.4)
     span = np.geomspace(table["intensity"].min() / 3, table["intensity"].max() * 3, 50)
-    ax.plot(span, np.minimum(span * limits["memory_gbs"], limits["dense_gflops"]), color=COLORS["dense"])
-    ax.annotate(
-        "dense product, zeros included",
-        (1, limits["dense_gflops"]),
-        (-2, -3),
-        xycoords=ax.get_yaxis_transform(),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize="small",
-    )
+    for name, key in (("dense", "dense_gflops"), ("int8", "int8_gops")):
+        if key in limits:
+            ax.plot(span, np.minimum(span * limits["memory_gbs"], limits[key]), color=color(name))
+            note(ax, 0.99, limits[key], f"{ENGINE_NAMES[name]}, zeros included", ha="right")
     if np.isfinite(limits["cache_gbs"]):
         # Each weight multiplies numbers that are read from the cache: 4 bytes for 2 operations.
         ax.axhline(limits["cache_gbs"] / 2, color=COLORS["sparse"], linestyle=":")
-        note(ax, 0.01, limits["cache_gbs"] / 2, "one cache read a product")
-    marks = {"dense": "D", "numba": "^", "torch_csr": "v", "scipy": "x"}
+        note(ax, 0.01, limits["cache_gbs"] / 2, "one float from the cache per product")
+    marks = {"dense": "D", "int8": "s", "numba": "^", "int8_blocks": "P", "int8_blocks, 1x4": "*", "torch_csr": "v"}
     for name, part in table.groupby("name", sort=False):
-        ax.plot(part["intensity"], part["gflops"], marks[name], color=color(name), label=label(name))
-    ax.set(xscale="log", yscale="log", xlabel="useful operations a byte of memory traffic")
-    ax.set(ylabel="useful GFLOP a second", title="Roofline: what limits each engine")
+        ax.plot(part["intensity"], part["gflops"], marks[name], color=color(name), label=ENGINE_NAMES[name])
+    ax.set(xscale="log", yscale="log", xlabel="useful operations per byte of memory traffic")
+    ax.set(ylabel="useful operations per second, in billions")
     for axis in (ax.xaxis, ax.yaxis):
         plain_numbers(axis)
     legend_beside(ax)
