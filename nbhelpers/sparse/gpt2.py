@@ -1,9 +1,9 @@
 """GPT-2 for sequence classification on sparse matrices: inference only, and only what the logits depend on.
 
 A batch of reviews is padded to the longest one. Here only the real tokens are computed: they are packed one after the
-other in a [tokens, features] matrix, and laid out as [reviews, length] for attention only. In the last block only the
-last token of each review is computed, since nothing reads the others except as its keys and values. The names of
-modules and parameters are those of ``transformers``.
+other in a [tokens, features] matrix, and each review attends to itself. In the last block only the last token of each
+review is computed, since nothing reads the others except as its keys and values. The names of modules and parameters
+are those of ``transformers``.
 """
 
 import copy
@@ -40,23 +40,12 @@ class Packing:
     """The positions of the real tokens of a right-padded batch: lengths [reviews] of rows ``width`` wide."""
 
     def __init__(self, lengths: torch.Tensor, width: int):
-        self.lengths, self.width = lengths, width
-        self.real = torch.arange(width, device=lengths.device) < lengths[:, None]
-        self.full = bool(self.real.all())
-        self.index = self.real.flatten().nonzero()[:, 0]
+        self.lengths, self.counts = lengths, lengths.tolist()
+        self.index = (torch.arange(width, device=lengths.device) < lengths[:, None]).flatten().nonzero()[:, 0]
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
-        """Return [tokens, ...] from [reviews, width, ...]."""
-        flat = padded.flatten(0, 1)
-        return flat if self.full else flat[self.index]
-
-    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """Return [reviews, width, features] from [tokens, features], zeros after each review."""
-        shape = (len(self.lengths), self.width, packed.shape[-1])
-        if self.full:
-            return packed.view(shape)
-        padded = packed.new_zeros(shape[0] * shape[1], shape[2])
-        return padded.index_copy_(0, self.index, packed).view(shape)
+        """Return [tokens] from [reviews, width]."""
+        return padded.flatten()[self.index]
 
     def last(self, packed: torch.Tensor) -> torch.Tensor:
         """Return the last token of each review: [reviews, features]."""
@@ -79,17 +68,15 @@ class SparseGPT2Attention(Float32Inference):
 
     def forward(self, x: torch.Tensor, packing: Packing, last: bool = False) -> torch.Tensor:
         """Return [tokens, width] from x [tokens, width], or [reviews, width] for the last tokens only."""
-        qkv = packing.unpack(self.c_attn(x))
-        reviews, length, _ = qkv.shape
-        q, k, v = qkv.view(reviews, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        if last:
-            q = q[torch.arange(reviews, device=q.device), :, packing.lengths - 1, None]
-            real = packing.real[:, None, None]
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=real, scale=self.scale)
-            return self.c_proj(mixed.flatten(1))
-        # Padding is on the right, where a causal mask hides it from every real token.
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        return self.c_proj(packing.pack(mixed.transpose(1, 2).flatten(2)))
+        qkv = self.c_attn(x).view(len(x), 3, self.heads, -1)
+        return self.c_proj(torch.cat([self.attend(review, last) for review in qkv.split(packing.counts)]))
+
+    def attend(self, qkv: torch.Tensor, last: bool) -> torch.Tensor:
+        """Return [tokens, heads * size] from one review's [tokens, 3, heads, size], or [1, ...] for its last token."""
+        q, k, v = qkv.permute(1, 2, 0, 3)[:, None]
+        q = q[:, :, -1:] if last else q
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=not last, scale=self.scale)
+        return mixed[0].transpose(0, 1).flatten(1)
 
 
 class SparseGPT2MLP(Float32Inference):

@@ -110,6 +110,10 @@ def test_a_llama_goes_through_every_stage(llama_folder, workspace, alone):
     students.distil_all(run)
     assert students.compress_all(run)["file_bytes"].is_monotonic_decreasing
     assert conversion.structured_sparsities(run) == (), "heads and neurons are removed from a GPT-2 only"
+    conversion.block_model(run, best, 0.9)
+    assert conversion.int8_sources(run, best) == ["fine_tuned", f"blocks_{best}_90"]
+    rounded = conversion.compare_int8(run, conversion.int8_sources(run, best))
+    assert (rounded["largest_logit_difference"] > 0).all()
     comparison.open_test_part(run)
     table = comparison.comparison_table(run, comparison.compared_models(run)).set_index("model")
     sparse, masked = table.loc[f"sparse_{best}_90"], table.loc[f"recovered_{best}_90"]
