@@ -43,12 +43,13 @@ def test_a_study_leaves_the_models_that_it_promises(study):
     small = [f"student_{variant}_1" for variant in ("distilled", "labels_only", "distilled_random")]
     sparse = [f"{stage}_{study.best}_{p}" for stage, p in (("sparse", 90), ("structured", 50), ("compact", 50))]
     dense = ["pretrained", "fine_tuned", "fine_tuned_extra", *recovered]
-    every = [*dense, *small, "compressed_1", *sparse]
+    rounded = ["fine_tuned", f"blocks_{study.best}_90", f"compact_{study.best}_50"]
+    every = [*dense, *small, "compressed_1", *sparse, rounded[1], *(f"int8_{name}" for name in rounded)]
     assert study.models[0] == every, "oldest first; the students of the scan are no models"
     assert study.models[1] == dense, "of every seed what is compared over seeds, and nothing else"
     for name in study.models[0]:
         assert not study.run.load_model(name).training
-        if name != "pretrained" and not name.startswith(("sparse", "compact")):
+        if name != "pretrained" and not name.startswith(("sparse", "compact", "int8")):
             history = artefacts.read_history(study.run, name)
             assert np.isfinite(history["loss"]).all()
             if name.startswith(("recovered", "fine_tuned_extra")):
