@@ -4,7 +4,7 @@ import html
 import importlib.util
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset, DatasetDict, Features, Value
+from torch.nn.utils.rnn import pad_sequence
 
 from nbhelpers.profiles import Profile, local_path, shown
 from nbhelpers.system.progress import track
@@ -297,10 +298,10 @@ def tokenize(texts: list[str], tokenizer, profile: Profile) -> list[list[int]]:
 class IMDbDataset(torch.utils.data.Dataset):
     """Tokenised reviews: item i is ``{"input_ids": list of int, "label": int}``.
 
-    Where ``teacher_logits`` [n, classes] are set, an item holds its row of them as well.
+    Where ``teacher_logits`` are set, [tokens, classes] per review, an item holds its own as well.
     """
 
-    teacher_logits: np.ndarray | None = None
+    teacher_logits: Sequence[torch.Tensor] | None = None
 
     def __init__(self, reviews: Dataset, tokenizer, profile: Profile):
         texts = reviews["text"][:]
@@ -359,14 +360,17 @@ class BucketBatches(torch.utils.data.Sampler):
 
 
 def make_loader(dataset: IMDbDataset, batch_size: int, pad_token_id: int, seed: int) -> torch.utils.data.DataLoader:
-    """Return training batches: input_ids [batch, longest], right-padded, lengths, labels [batch], teacher_logits."""
+    """Return training batches: input_ids [batch, longest], lengths, labels [batch], all padding on the right.
+
+    Where the dataset has a teacher's logits, also ``teacher_logits`` [batch, longest, classes].
+    """
 
     def collate(items):
         batch = {"input_ids": pad([item["input_ids"] for item in items], pad_token_id)}
         batch["lengths"] = torch.tensor([len(item["input_ids"]) for item in items])
         batch["labels"] = torch.tensor([item["label"] for item in items])
         if "teacher_logits" in items[0]:
-            batch["teacher_logits"] = torch.tensor(np.stack([item["teacher_logits"] for item in items]))
+            batch["teacher_logits"] = pad_sequence([item["teacher_logits"] for item in items], batch_first=True)
         return batch
 
     sampler = BucketBatches([len(ids) for ids in dataset.input_ids], batch_size, seed)

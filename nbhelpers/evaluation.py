@@ -1,5 +1,7 @@
 """Accuracy and F1 with intervals, and paired tests: the one place where statistics are computed."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import torch
@@ -11,33 +13,69 @@ from nbhelpers.data import IMDbDataset, evaluation_batches
 from nbhelpers.models import device_of
 from nbhelpers.system.progress import progress, track
 from nbhelpers.training import distributed
+from nbhelpers.training.loop import token_logits
 from nbhelpers.training.precision import faster_in_bfloat16
 
 
 @torch.inference_mode()
-def predict_logits(model: nn.Module, rows: list[list[int]], batch_size: int = 32, precision: str = "no") -> np.ndarray:
-    """Return logits [n, classes] of token id lists, float32, in their order; computed in "bf16" or float32 ("no").
+def visit_batches(model: nn.Module, rows: list[list[int]], batch_size: int, precision: str, store: Callable) -> None:
+    """Call store(indices, input_ids) for this process's batches of token id lists, in "bf16" or float32 ("no").
 
-    Batches run from short to long reviews, so that little padding is computed. No mask is passed, since padding is on
-    the right and attention looks to the left. Of several processes each computes a part of the batches, and all get
-    all logits. Raises ``ValueError`` for no rows, ``FloatingPointError`` for logits that are not finite.
+    Batches run from short to long reviews, so that little padding is computed. No mask is needed, since padding is on
+    the right and attention looks to the left. Raises ``ValueError`` for no rows.
     """
     if not rows:
         raise ValueError("`rows` must have at least one review (got none)")
     device = device_of(model)
     model.eval()
-    logits = torch.zeros(len(rows), model.config.num_labels)
     low = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     # The bar counts tokens, since later batches are longer.
     with low, faster_in_bfloat16(model, precision), progress(sum(map(len, rows)), "evaluating reviews") as bar:
         for number, (indices, ids) in enumerate(evaluation_batches(rows, batch_size, model.config.pad_token_id)):
             if number % distributed.world_size() == distributed.rank():
-                logits[indices] = model(input_ids=ids.to(device)).logits.float().cpu()
+                store(indices, ids.to(device))
             bar.update(sum(len(rows[i]) for i in indices))
-    logits = distributed.all_reduce(logits).numpy()
-    if not np.isfinite(logits).all():
+
+
+def gathered(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits that the processes computed in parts. Raises ``FloatingPointError`` where one is not finite."""
+    logits = distributed.all_reduce(logits)
+    if not logits.isfinite().all():
         raise FloatingPointError("the model's logits are not finite")
     return logits
+
+
+def predict_logits(model: nn.Module, rows: list[list[int]], batch_size: int = 32, precision: str = "no") -> np.ndarray:
+    """Return logits [n, classes] of token id lists, float32, in their order; computed in "bf16" or float32 ("no").
+
+    Of several processes each computes a part of the batches, and all get all logits. Raises ``ValueError`` for no rows,
+    ``FloatingPointError`` for logits that are not finite.
+    """
+    logits = torch.zeros(len(rows), model.config.num_labels)
+
+    def store(indices, ids):
+        logits[indices] = model(input_ids=ids).logits.float().cpu()
+
+    visit_batches(model, rows, batch_size, precision, store)
+    return gathered(logits).numpy()
+
+
+def predict_token_logits(
+    model: nn.Module, rows: list[list[int]], batch_size: int = 32, precision: str = "no"
+) -> torch.Tensor:
+    """Return the logits of every token of all reviews, one after the other: float16 [tokens, classes].
+
+    Each is the classification of the review up to that token; see ``predict_logits`` for the rest.
+    """
+    ends = np.cumsum([len(row) for row in rows])
+    logits = torch.zeros(int(ends[-1]) if rows else 0, model.config.num_labels)
+
+    def store(indices, ids):
+        for i, of_review in zip(indices, token_logits(model, {"input_ids": ids}).cpu(), strict=True):
+            logits[ends[i] - len(rows[i]) : ends[i]] = of_review[: len(rows[i])]
+
+    visit_batches(model, rows, batch_size, precision, store)
+    return gathered(logits).half()
 
 
 RESAMPLES = 2000  # of each bootstrap

@@ -463,8 +463,8 @@ def test_a_dataset_item_holds_ids_and_label_and_the_teachers_row_once_there_is_o
     dataset = IMDbDataset(reviews, tokenizer, profile)
     assert len(dataset) == 2
     assert dataset[1] == {"input_ids": tokenize(["bad film"], tokenizer, profile)[0], "label": 0}
-    dataset.teacher_logits = np.array([[1.0, 2.0], [3.0, 4.0]])
-    assert dataset[1]["teacher_logits"].tolist() == [3.0, 4.0]
+    dataset.teacher_logits = [torch.ones(1, 2), torch.full((2, 2), 3.0)]
+    assert dataset[1]["teacher_logits"].tolist() == [[3.0, 3.0], [3.0, 3.0]]
 
 
 def test_load_validation_dataset_is_the_tokenised_validation_split(tokenizer, tmp_path):
@@ -511,12 +511,14 @@ def test_a_loader_pads_on_the_right_and_keeps_rows_together(tokenizer):
     rows = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15, 16]]
     dataset = IMDbDataset.__new__(IMDbDataset)
     dataset.input_ids, dataset.labels = rows, np.array([0, 1, 0, 1, 1])
-    dataset.teacher_logits = np.arange(10, dtype=np.float32).reshape(5, 2)
+    dataset.teacher_logits = [torch.full((len(row), 2), i) for i, row in enumerate(rows)]
     seen = []
     for batch in data.make_loader(dataset, 2, pad_token_id=1, seed=0):
         assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
         for ids, label, teacher in zip(batch["input_ids"], batch["labels"], batch["teacher_logits"], strict=True):
-            index = int(teacher[0]) // 2
+            index = int(teacher[0, 0])
+            padding = len(ids) - len(rows[index])
+            assert teacher.tolist() == [[index] * 2] * len(rows[index]) + [[0, 0]] * padding
             assert ids.tolist() == rows[index] + [1] * (len(ids) - len(rows[index]))
             assert label == dataset.labels[index]
             seen.append(index)

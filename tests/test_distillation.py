@@ -5,7 +5,10 @@ import pytest
 import torch
 from scipy.special import log_softmax
 
-from nbhelpers.distillation import distillation_loss
+from nbhelpers.data import pad
+from nbhelpers.distillation import distillation_loss, taught_loss
+from nbhelpers.training import classification_loss
+from nbhelpers.training.loop import micro_batch
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -34,3 +37,33 @@ def test_the_soft_gradient_keeps_its_scale_as_the_temperature_grows():
         norms.append(logits.grad.norm().item())
     # Small logits: softmax is near linear already at T = 1. Without T^2 the norms would fall to 1/4096.
     assert norms == pytest.approx([norms[-1]] * 4, rel=0.1)
+
+
+@pytest.mark.parametrize("prefix_share", [0.0, 0.5])
+def test_every_token_is_taught_by_the_teachers_logits_of_that_token(toy_model, prefix_share):
+    """Against a review at a time, cut after every token."""
+    reviews, labels, alpha, t = [[3, 5, 7, 9], [11, 2]], [1, 0], 0.3, 2.0
+    generator = torch.Generator().manual_seed(0)
+    teacher = [torch.randn(len(review), 2, generator=generator) for review in reviews]
+    expected = 0.0
+    for review, label, said in zip(reviews, labels, teacher, strict=True):
+        n, truth = len(review), torch.tensor([label])
+        gains = np.arange(1, n + 1) / np.arange(1, n + 1).sum()
+        for k in range(1, n + 1):
+            with torch.no_grad():
+                student = toy_model(torch.tensor([review[:k]])).logits
+            loss = distillation_loss(said[k - 1 : k], student, truth, alpha, t).item()
+            expected += (prefix_share * gains[k - 1] + (1 - prefix_share) * (k == n)) * loss / 2
+    batch = {"input_ids": pad(reviews, 0), "labels": torch.tensor(labels), "lengths": torch.tensor([4, 2])}
+    batch["teacher_logits"] = torch.nn.utils.rnn.pad_sequence(teacher, batch_first=True)
+    assert taught_loss(toy_model, batch, alpha, t, prefix_share).item() == pytest.approx(expected, rel=1e-5)
+    labels_alone = taught_loss(toy_model, batch, 1.0, t, prefix_share)
+    torch.testing.assert_close(labels_alone, classification_loss(toy_model, batch, prefix_share))
+
+
+def test_a_micro_batch_cuts_the_teachers_logits_with_its_reviews():
+    batch = {"input_ids": torch.ones(3, 5), "lengths": torch.tensor([5, 2, 3]), "labels": torch.zeros(3)}
+    batch["teacher_logits"] = torch.rand(3, 5, 2)
+    micro, _ = micro_batch(batch, 1, 2)
+    assert micro["input_ids"].shape == (1, 2)
+    assert torch.equal(micro["teacher_logits"], batch["teacher_logits"][1:2, :2])

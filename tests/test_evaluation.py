@@ -23,6 +23,7 @@ from nbhelpers.evaluation import (
     over_seeds,
     paired_difference,
     predict_logits,
+    predict_token_logits,
     sign_flip_test,
     significance_table,
     wilson_interval,
@@ -47,6 +48,17 @@ def test_logits_come_in_the_order_of_the_reviews_for_every_batch_size(token_rows
     # float32 products of width 8 to 32 in another order: a few 1e-7.
     np.testing.assert_allclose(found, alone, atol=1e-5)
     assert np.ptp(alone[:, 0]) > 0.01, "rows that are all alike would show no order"
+
+
+def test_the_logits_of_a_token_are_those_of_the_review_up_to_it(token_rows):
+    model = tiny_model()
+    found = predict_token_logits(model, token_rows, batch_size=4)
+    assert found.dtype == torch.float16 and len(found) == sum(map(len, token_rows))
+    with torch.inference_mode():
+        for row, logits in zip(token_rows, found.split([len(row) for row in token_rows]), strict=True):
+            cuts = [model(input_ids=torch.tensor([row[:k]])).logits[0] for k in range(1, len(row) + 1)]
+            # float16 has 11 binary digits.
+            torch.testing.assert_close(logits.float(), torch.stack(cuts), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])

@@ -42,6 +42,7 @@ from nbhelpers.study.students import (
     student_names,
     student_variants,
 )
+from nbhelpers.study.teacher import teacher_logits
 from nbhelpers.workspace import Run, WorkspaceError
 
 # --- what a cell computes, where it is more than one call ---
@@ -50,8 +51,8 @@ from nbhelpers.workspace import Run, WorkspaceError
 def score_seed(seed_run: Run) -> None:
     """Make all scores of a seed, and what later cells share: the dense model's logits."""
     build_scores(seed_run, SCORES)
-    for split in ("train", "validation"):
-        split_logits(seed_run, "fine_tuned", split)
+    teacher_logits(seed_run)
+    split_logits(seed_run, "fine_tuned", "validation")
 
 
 def recover_score(run: Run, seed_run: Run, criterion: str) -> None:

@@ -30,6 +30,8 @@ from nbhelpers.training import recipe_for, train
 from nbhelpers.training.observers import calibrate
 from nbhelpers.workspace import Run
 
+TAUGHT_FIELDS = ("distill_batch_size", "prefix_share")
+
 
 def distil_student(
     run: Run, name: str, layers: int, alpha: float, temperature: float, from_teacher: bool = True, steps: int = 0
@@ -57,7 +59,7 @@ def distil_student(
         )
         save_trained(student, history, target.folder)
 
-    settings = pick(run.profile, *TRAIN_FIELDS, "distill_epochs", "distill_learning_rate", "distill_batch_size")
+    settings = pick(run.profile, *TRAIN_FIELDS, "distill_epochs", "distill_learning_rate", *TAUGHT_FIELDS)
     settings |= {"layers": layers, "alpha": alpha, "temperature": temperature, "from_teacher": from_teacher}
     settings |= {"steps": steps, "seed": run.seed}
     # The students of a scan are data, not models of the run: they are trained for a few steps only.
@@ -169,7 +171,7 @@ def compress_student(run: Run, layers: int) -> pd.DataFrame:
         save_sparse(quantize(sparse), target.folder)
         write_history(target.folder, history)
 
-    settings = pick(run.profile, *TRAIN_FIELDS, "compress_epochs", "compress_learning_rate", "distill_batch_size")
+    settings = pick(run.profile, *TRAIN_FIELDS, "compress_epochs", "compress_learning_rate", *TAUGHT_FIELDS)
     settings |= pick(run.profile, "main_sparsity", "embedding_rank", "calibration_reviews", seed=run.seed)
     settings |= {"alpha": alpha, "temperature": temperature, "score": "taylor"}
     run.cached(name, settings, build, (student, "fine_tuned"), kind="sparse", made_by="05")

@@ -49,16 +49,15 @@ class Recipe:
 
 def recipe_for(profile: Profile, purpose: str) -> Recipe:
     """Return a profile's recipe to ``"finetune"``, ``"recover"`` (with the first of its rates) or ``"distill"``."""
-    names = ("weight_decay", "warmup_share", "max_grad_norm", "precision", "accumulation")
+    names = ("weight_decay", "warmup_share", "max_grad_norm", "precision", "accumulation", "prefix_share")
     shared = {name: getattr(profile, name) for name in names}
-    labels = {"prefix_share": profile.prefix_share, **shared}
     if purpose == "finetune":
         return Recipe(
-            profile.learning_rate, profile.batch_size, profile.epochs, layer_decay=profile.layer_decay, **labels
+            profile.learning_rate, profile.batch_size, profile.epochs, layer_decay=profile.layer_decay, **shared
         )
     if purpose == "recover":
         rate = profile.recovery_learning_rates[0]
-        return Recipe(rate, profile.batch_size, steps=profile.recovery_steps, **labels)
+        return Recipe(rate, profile.batch_size, steps=profile.recovery_steps, **shared)
     return Recipe(profile.distill_learning_rate, profile.distill_batch_size, profile.distill_epochs, **shared)
 
 
@@ -93,26 +92,36 @@ def make_accelerator(precision: str) -> Accelerator:
     return Accelerator(mixed_precision=precision)
 
 
+def token_logits(model: nn.Module, batch: dict) -> torch.Tensor:
+    """Return the logits [reviews, length, classes] of every token: the classification that each prefix would get."""
+    hidden = model(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states[-1]
+    # Among several processes the model is wrapped; the head inside is the same.
+    return getattr(model, "module", model).score(hidden).float()
+
+
+def token_weights(lengths: torch.Tensor, width: int, prefix_share: float) -> torch.Tensor:
+    """Return what each token of right-padded reviews counts in a loss: [reviews, width], a sum of 1 per review.
+
+    A review's label also holds for its beginnings, the less so the shorter they are: ``prefix_share`` goes to all
+    tokens, token t of n in proportion to t / n ("linear gain", Dai and Le, 2015), the rest to the last one.
+    """
+    position = torch.arange(1, width + 1, device=lengths.device) / lengths[:, None]
+    gain = position * (position <= 1)  # 0 for padding
+    return prefix_share * gain / gain.sum(1, keepdim=True) + (1 - prefix_share) * (position == 1)
+
+
 def classification_loss(model: nn.Module, batch: dict, prefix_share: float = 0.0) -> torch.Tensor:
     """Return the cross-entropy of the labels at the last token, with a share of it computed at every token.
 
-    A review's label also holds for its beginnings, the less so the shorter they are: token t of n is weighted by t / n
-    ("linear gain", Dai and Le, 2015). A model that has to predict at every token learns more from each review.
+    A model that has to predict at every token learns more from each review; see ``token_weights``.
     """
-    output = model(input_ids=batch["input_ids"], output_hidden_states=prefix_share > 0)
-    last = nn.functional.cross_entropy(output.logits, batch["labels"])
     if not prefix_share:
-        return last
-    # Among several processes the model is wrapped; the head inside is the same.
-    logits = getattr(model, "module", model).score(output.hidden_states[-1]).float()
-    reviews, length = batch["input_ids"].shape
-    losses = nn.functional.cross_entropy(
-        logits.flatten(0, 1), batch["labels"].repeat_interleave(length), reduction="none"
-    ).view(reviews, length)
-    position = torch.arange(1, length + 1, device=losses.device) / batch["lengths"][:, None]
-    gain = position * (position <= 1)  # 0 for padding
-    prefixes = ((losses * gain).sum(1) / gain.sum(1)).mean()
-    return (1 - prefix_share) * last + prefix_share * prefixes
+        return nn.functional.cross_entropy(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+    logits = token_logits(model, batch)
+    weights = token_weights(batch["lengths"], logits.shape[1], prefix_share)
+    labels = batch["labels"][:, None].expand(weights.shape)
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return (losses.view(weights.shape) * weights).sum(1).mean()
 
 
 def micro_batch(batch: dict, index: int, count: int) -> tuple[dict, float]:
@@ -123,7 +132,8 @@ def micro_batch(batch: dict, index: int, count: int) -> tuple[dict, float]:
     reviews = len(batch["labels"])
     rows = slice(index, None, count) if index < reviews else slice(1)
     micro = {key: value[rows] for key, value in batch.items()}
-    micro["input_ids"] = micro["input_ids"][:, : micro["lengths"].max()]
+    for key in micro.keys() & {"input_ids", "teacher_logits"}:
+        micro[key] = micro[key][:, : micro["lengths"].max()]
     return micro, len(micro["labels"]) / reviews if index < reviews else 0.0
 
 
