@@ -143,26 +143,38 @@ class MaskKeeper:
         return sum(int((self.weights[name][~mask] != 0).sum()) for name, mask in self.masks.items())
 
 
-def cubic_sparsity(final: float, progress: float) -> float:
-    """Return the sparsity of a gradual schedule, final * (1 - (1 - t)^3), t from 0 to 1 (Zhu and Gupta, 2017)."""
-    return final * (1 - (1 - min(1.0, max(0.0, progress))) ** 3)
+def cubic_sparsity(final: float, progress: float, first: float = 0.0) -> float:
+    """Return the sparsity of a gradual schedule, final - (final - first) * (1 - t)^3, t from 0 to 1.
+
+    It starts at ``first`` and slows down towards the end (Zhu and Gupta, 2017).
+    """
+    return final - (final - first) * (1 - min(1.0, max(0.0, progress))) ** 3
 
 
 class GradualKeeper(MaskKeeper):
-    """Prune during training: a little more every ``every`` steps, the full sparsity after ``steps`` steps.
+    """Prune during training: to ``first`` at once, a little more every ``every`` steps, to the end in ``steps`` steps.
 
-    scores() is called each time, so that scores can follow the weights (gradual magnitude pruning) or stay the same.
+    scores() is called each time, so that scores can follow the weights (gradual magnitude pruning, ``RunningTaylor``).
     ``finish`` raises ``RuntimeError`` where the training was too short to reach the sparsity.
     """
 
-    def __init__(self, model: nn.Module, scores: Callable[[], Tensors], sparsity: float, steps: int, every: int = 1):
-        self.scores, self.sparsity, self.steps, self.every, self.step = scores, sparsity, max(1, steps), every, 0
+    def __init__(
+        self,
+        model: nn.Module,
+        scores: Callable[[], Tensors],
+        sparsity: float,
+        steps: int,
+        every: int = 1,
+        first: float = 0.0,
+    ):
+        self.scores, self.sparsity, self.first = scores, sparsity, first
+        self.steps, self.every, self.step = max(1, steps), every, 0
         super().__init__(model, select(scores(), 0.0))
 
     def apply(self) -> None:
         """Take the next step of the schedule, and set the weights that the masks drop to zero."""
         if self.step % self.every == 0 or self.step == self.steps:
-            chosen = select(self.scores(), cubic_sparsity(self.sparsity, self.step / self.steps))
+            chosen = select(self.scores(), cubic_sparsity(self.sparsity, self.step / self.steps, self.first))
             self.masks = {name: mask.to(self.weights[name].device) for name, mask in chosen.items()}
         self.step += 1
         super().apply()

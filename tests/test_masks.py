@@ -133,6 +133,8 @@ def test_training_under_a_keeper_is_training_the_weights_that_are_left(kind, den
 
 def test_the_cubic_schedule_follows_its_formula_and_stays_within_its_ends():
     assert [cubic_sparsity(0.8, t) for t in (-1, 0, 0.5, 1, 2)] == pytest.approx([0, 0, 0.8 * (1 - 0.125), 0.8, 0.8])
+    # From 60 % on: 0.9 - 0.3 / 8 in the middle.
+    assert [cubic_sparsity(0.9, t, 0.6) for t in (0, 0.5, 1)] == pytest.approx([0.6, 0.8625, 0.9])
 
 
 def test_a_gradual_keeper_follows_the_schedule_and_the_weights():

@@ -26,11 +26,13 @@ from nbhelpers.study.scoring import MAIN, SCORES, build_scores, calibrate_model,
 from nbhelpers.study.teacher import teacher_data_and_loss
 from nbhelpers.system.progress import track
 from nbhelpers.training import distributed, recipe_for, train
-from nbhelpers.training.observers import calibrate
+from nbhelpers.training.observers import RunningTaylor, calibrate
 from nbhelpers.workspace import Build, Run, maker_of, save_tensors
 
 RECOVERY_FIELDS = (*TRAIN_FIELDS, "batch_size", "recovery_steps", "prefix_share")
-GRADUAL_SHARE = 0.7  # of the recovery steps, those over which gradual pruning reaches its sparsity
+GRADUAL_SHARE = 0.6  # of the recovery steps, those over which gradual pruning reaches its sparsity
+FIRST_CUT = 0.65  # what gradual pruning removes at once
+MASK_UPDATES = 30  # from there to its sparsity
 # What removes weights: by a score, or as SparseGPT does it, which also changes the weights that stay.
 PRUNERS = (*SCORES, "sparsegpt")
 SPARSEGPT_REVIEWS = 128
@@ -127,11 +129,13 @@ def choose_comparator(run: Run) -> str:
 # --- recovery ---
 
 
-def train_further(run: Run, model, description: str, rate: float, checkpoints, keeper=None, data=None, loss=None):
+def train_further(
+    run: Run, model, description: str, rate: float, checkpoints, keeper=None, data=None, loss=None, observers=()
+) -> list[dict]:
     """Train by a profile's recovery steps, without a choice among epochs: the last one counts. Return the history."""
     recipe = dataclasses.replace(recipe_for(run.profile, "recover"), learning_rate=rate)
     options = {"seed": run.seed, "mask_keeper": keeper, "loss_function": loss, "description": description}
-    return train(model, data or dataset(run, "train"), recipe, checkpoints=checkpoints, **options)
+    return train(model, data or dataset(run, "train"), recipe, checkpoints=checkpoints, observers=observers, **options)
 
 
 def recover_in_place(
@@ -238,8 +242,9 @@ def train_control(run: Run) -> float:
 def recover_otherwise(run: Run, method: str, criterion: str, sparsity: float) -> str:
     """Artefact ``gradual_<criterion>_<percent>`` or ``taught_...``, with the steps and data order of every recovery.
 
-    "gradual" reaches the sparsity step by step over the first 70 % of the steps; "taught" starts from the pruned model
-    and learns from the labels and the dense model's logits in equal parts (T = 2). Returns the artefact's name.
+    "gradual" removes 65 % at once and reaches the sparsity step by step over the first 60 % of the steps, each time by
+    the running mean of |w * g|; "taught" starts from the pruned model and learns from the labels and the dense model's
+    logits at every token in equal parts (T = 2). Returns the artefact's name.
     """
     name, rate = model_name(method, criterion, sparsity), recovery_rate(run, criterion)
     score = scores_of(run, criterion)
@@ -252,8 +257,10 @@ def recover_otherwise(run: Run, method: str, criterion: str, sparsity: float) ->
             history = train_further(run, model, title, rate, checkpoints, keeper, *teacher_data_and_loss(run, 0.5, 2.0))
         else:
             steps = round(GRADUAL_SHARE * run.profile.recovery_steps)
-            keeper = masks.GradualKeeper(model, lambda: score, sparsity, steps)
-            history = train_further(run, model, title, rate, checkpoints, keeper)
+            observer, first = RunningTaylor(model, score), min(FIRST_CUT, sparsity)
+            options = {"every": max(1, steps // MASK_UPDATES), "first": first}
+            keeper = masks.GradualKeeper(model, lambda: observer.scores, sparsity, steps, **options)
+            history = train_further(run, model, title, rate, checkpoints, keeper, observers=(observer,))
             keeper.finish()
         save_trained(model, history, target.folder)
 

@@ -186,14 +186,18 @@ def test_recovered_models_have_exactly_the_zeros_of_their_masks(study):
         assert row["accuracy"] == predictions.validation_accuracy(one, name)
 
 
-def test_the_other_ways_to_recover_end_at_the_same_masks_with_other_weights(study):
+def test_taught_recovery_keeps_the_masks_and_gradual_pruning_scores_again(study):
     run = study.run
-    masks = select(scoring.scores_of(run, "merged"), 0.9)
+    scores = scoring.scores_of(run, "merged")
+    masks, first = select(scores, 0.9), select(scores, pruning.FIRST_CUT)
     ways = [pruning.recover_otherwise(run, way, "merged", 0.9) for way in ("gradual", "taught")]
     assert ways == ["gradual_merged_90", "taught_merged_90"]
     models = [run.load_model(name) for name in ("recovered_merged_90", *ways)]
-    for model in models:
-        assert all(torch.equal(weight != 0, masks[name]) for name, weight in prunable_weights(model).items())
+    plain, gradual, taught = ({n: w != 0 for n, w in prunable_weights(model).items()} for model in models)
+    assert all(torch.equal(plain[name], mask) and torch.equal(taught[name], mask) for name, mask in masks.items())
+    assert not all(torch.equal(gradual[name], mask) for name, mask in masks.items()), "the scores have changed"
+    assert all((~gradual[name] | mask).all() for name, mask in first.items()), "the first cut is by the given scores"
+    assert sum(int(kept.sum()) for kept in gradual.values()) == sum(int(mask.sum()) for mask in masks.values())
     heads = [model.score.weight for model in models]
     assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert {artefacts.read_history(run, name)["steps"].max() for name in ways} == {3}

@@ -43,7 +43,7 @@ def test_the_copy_of_a_package_has_its_fingerprints(package):
 @pytest.mark.parametrize(
     ("file", "old", "new", "module"),
     [
-        ("study/pruning.py", "GRADUAL_SHARE = 0.7", "GRADUAL_SHARE = 0.8", "pruning"),
+        ("study/pruning.py", "GRADUAL_SHARE = 0.6", "GRADUAL_SHARE = 0.8", "pruning"),
         ("study/students.py", "ACCEPTED = 0.01", "ACCEPTED = 0.02", "students"),
         ("study/baseline.py", "FOLDS = 5", "FOLDS = 4", "baseline"),
     ],

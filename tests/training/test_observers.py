@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 from nbhelpers.masks import unpack
 from nbhelpers.models import prunable_weights
 from nbhelpers.selection import select
-from nbhelpers.training.observers import FirstOrderMovement, FlaggedSets, GradientMagnitude, calibrate
+from nbhelpers.training.observers import FirstOrderMovement, FlaggedSets, GradientMagnitude, RunningTaylor, calibrate
 
 REVIEWS, LABELS = [[3, 4, 5], [6, 7], [8, 9, 3, 4, 5, 2], [1]], [0, 1, 1, 0]
 
@@ -106,3 +106,22 @@ def test_observers_that_have_seen_nothing_or_come_in_the_wrong_order_are_refused
         gradients.mean()
     with pytest.raises(RuntimeError, match="must come before its GradientMagnitude"):
         take_step(model, 0, gradients, flagged)
+
+
+def test_a_running_mean_of_weight_times_gradient_starts_with_given_scores_and_forgets(model):
+    weights = prunable_weights(model)
+    start = {name: torch.full_like(weight, 7.0) for name, weight in weights.items()}
+    observer, expected = RunningTaylor(model, start, memory=0.75), None
+    assert all(torch.equal(observer.scores[name], start[name]) for name in weights)
+    for step in range(4):
+        if step == 2:
+            state = {name: tensor.clone() for name, tensor in observer.state().items()}
+            observer = RunningTaylor(model, start, memory=0.75)
+            observer.load_state(state)
+        for weight in weights.values():
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+        observer.after_backward()
+        now = {n: (w.detach().double() * w.grad.double()).abs() for n, w in weights.items()}
+        expected = now if expected is None else {n: 0.75 * e + 0.25 * now[n] for n, e in expected.items()}
+        for name in weights:
+            torch.testing.assert_close(observer.scores[name].double(), expected[name], rtol=1e-5, atol=1e-7)
