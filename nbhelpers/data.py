@@ -2,6 +2,7 @@
 
 import html
 import importlib.util
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -347,6 +348,11 @@ class BucketBatches(torch.utils.data.Sampler):
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Set the epoch, which determines the order, and how many of its first batches to skip."""
         self.epoch, self.skip = epoch, skip
+
+    def tokens(self, count: int) -> int:
+        """Return the number of tokens, without padding, in the first ``count`` batches of the epoch."""
+        self.skip = 0
+        return int(sum(self.lengths[batch].sum() for batch in itertools.islice(self, count)))
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng((self.seed, self.epoch))

@@ -119,22 +119,24 @@ COLUMNS: list[tuple[str, str, Callable]] = [
     ("of all, M", "total_parameters", lambda row: millions(row["total_parameters"])),
     ("sparsity", "encoder_sparsity", lambda row: percent(row["encoder_sparsity"], 0)),
     ("file, MB", "file_bytes", lambda row: millions(row["file_bytes"])),
+    ("training steps", "train_steps", lambda row: f"{row['train_steps']:,}"),
     ("latency, ms", "latency_ms", lambda row: f"{row['latency_ms']:.1f}"),
     ("speed-up", "speedup", lambda row: f"{row['speedup']:.2f}"),
+    ("against packed", "speedup_packed", lambda row: f"{row['speedup_packed']:.2f}"),
     ("peak memory, MB", "peak_memory_bytes", lambda row: f"{row['peak_memory_bytes'] / 1e6:.0f}"),
     ("p", "p_value", lambda row: p_value(row["p_value"])),
 ]
 
 
 def comparison_cells(run: Run, headings: tuple[str, ...] = ()) -> tuple[list[str], list[list[tuple]]]:
-    """Return headings and rows of the comparison, of all columns or of some; none before notebook 06 has run.
+    """Return headings and rows of the comparison, of all its columns or of some; none before notebook 06 has run.
 
     A cell is its text and the value that it is sorted by.
     """
     if not (run.reports / "tables" / "comparison.csv").is_file():
         return [], []
     table = run.load_table("comparison")
-    columns = [column for column in COLUMNS if not headings or column[0] in headings]
+    columns = [column for column in COLUMNS if column[1] in table and (not headings or column[0] in headings)]
     rows = [
         [(write(row), "" if pd.isna(row[key]) else row[key]) for _, key, write in columns]
         for row in table.to_dict("records")

@@ -10,6 +10,8 @@ from nbhelpers.models import load_config, save_dense
 from nbhelpers.training import distributed
 from nbhelpers.workspace import Run, save_tensors
 
+HISTORY = "history.json"
+
 
 def model_name(stage: str, criterion: str, sparsity: float) -> str:
     """Return ``recovered_magnitude_90`` and the like; tenths of a percent are kept where there are any."""
@@ -31,17 +33,39 @@ def layer_count(run: Run, name: str) -> int:
     return load_config(run.folder(name)).num_hidden_layers
 
 
+def source_of(name: str) -> str | None:
+    """Return the model that a model was made from, which may have been trained itself; None for the first of all."""
+    stage, _, rest = name.partition("_")
+    if name in ("pretrained", "fine_tuned"):
+        return None
+    if stage == "int8":
+        return rest
+    earlier = {"sparse": "recovered", "compact": "structured", "compressed": "student_distilled"}.get(stage)
+    return f"{earlier}_{rest}" if earlier else "fine_tuned"
+
+
+def training_effort(run: Run, name: str) -> tuple[int, int]:
+    """Return how many optimizer steps and tokens a model took since the fine-tuned model, with those of its sources."""
+    steps = tokens = 0
+    while source_of(name):
+        if (run.folder(name) / HISTORY).is_file():
+            history = read_history(run, name)
+            steps, tokens = steps + int(history["steps"].iloc[-1]), tokens + int(history["tokens"].sum())
+        name = source_of(name)
+    return steps, tokens
+
+
 # --- saving and reading ---
 
 
 def write_history(folder: Path, history: list[dict]) -> None:
     """Write the learning curve of a training, as ``read_history`` reads it."""
-    (folder / "history.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
+    (folder / HISTORY).write_text(json.dumps(history, indent=1), encoding="utf-8")
 
 
 def read_history(run: Run, name: str) -> pd.DataFrame:
-    """Return the learning curve of a model: epoch, steps, loss, losses (per step), accuracy (validation), seconds."""
-    return pd.DataFrame(json.loads((run.folder(name) / "history.json").read_text(encoding="utf-8")))
+    """Return the learning curve of a model, a row per epoch; see ``training.train`` for its columns."""
+    return pd.DataFrame(json.loads((run.folder(name) / HISTORY).read_text(encoding="utf-8")))
 
 
 def save_trained(model, history: list[dict], folder: Path) -> None:

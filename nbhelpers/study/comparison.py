@@ -6,8 +6,8 @@ import pandas as pd
 from nbhelpers import criteria
 from nbhelpers.evaluation import evaluate_model, holm, mcnemar, over_seeds, paired_difference, significance_table
 from nbhelpers.measurement import measure_inference_efficiency
-from nbhelpers.sparse import count_actual_params
-from nbhelpers.study.artefacts import layer_count, model_bytes, model_name
+from nbhelpers.sparse import convert_to_sparse, count_actual_params
+from nbhelpers.study.artefacts import layer_count, model_bytes, model_name, training_effort
 from nbhelpers.study.baseline import tfidf_right
 from nbhelpers.study.choices import best_comparator, best_compressed, best_score
 from nbhelpers.study.conversion import converted_sparsities, int8_sources, structured_sparsities
@@ -18,7 +18,8 @@ from nbhelpers.study.scoring import MAIN
 from nbhelpers.study.students import student_names
 from nbhelpers.workspace import Run
 
-COST = ["latency_ms", "latency_low_ms", "latency_high_ms", "speedup", "peak_memory_bytes"]
+COST = ["latency_ms", "latency_low_ms", "latency_high_ms", "speedup", "speedup_packed", "peak_memory_bytes"]
+PACKED = "packed"  # the dense model without padding and without tokens that nobody reads
 LINES = ("fine_tuned", "fine_tuned_extra")  # the dense model, and the same with the steps of a recovery
 
 
@@ -47,16 +48,23 @@ def open_test_part(run: Run) -> dict:
 
 
 def comparison_table(run: Run, names: list[str]) -> pd.DataFrame:
-    """Return one row per model of the first seed; ``speedup`` and ``p_value`` are against the first."""
+    """Return one row per model of the first seed; ``speedup`` and ``p_value`` are against the first.
+
+    ``speedup_packed`` is against the first model packed, measured in the same turns; ``train_steps`` and
+    ``train_tokens`` are what a model was trained since the fine-tuned model.
+    """
     labels = dataset(run, "test").labels
     models = {name: run.load_model(name) for name in names}
     batch = latency_batch(run, run.profile.latency_batches[-1])
-    cost = measure_inference_efficiency(models, [batch], run.profile.latency_repeats).set_index("model")
+    timed = models | {PACKED: convert_to_sparse(models[names[0]], "dense")}
+    cost = measure_inference_efficiency(timed, [batch], run.profile.latency_repeats).set_index("model")
+    cost["speedup_packed"] = cost.loc[PACKED, "latency_ms"] / cost["latency_ms"]
     reference = answers_right(run, names[0], "test")
     rows = []
     for name, model in models.items():
         quality, size = evaluate_model(split_logits(run, name, "test"), labels), count_actual_params(model)
         quality.pop("n")
+        steps, tokens = training_effort(run, name)
         rows.append(
             {
                 "model": name,
@@ -65,6 +73,8 @@ def comparison_table(run: Run, names: list[str]) -> pd.DataFrame:
                 "active_parameters": size["active"],
                 "encoder_sparsity": size["encoder_sparsity"],
                 "file_bytes": model_bytes(run, name),
+                "train_steps": steps,
+                "train_tokens": tokens,
                 **cost.loc[name, COST].to_dict(),
                 "p_value": mcnemar(answers_right(run, name, "test"), reference),
             }

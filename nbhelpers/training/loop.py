@@ -229,10 +229,11 @@ class Stepper:
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
 
 
-def finish_epoch(state: TrainingState, model: nn.Module, validate: Callable | None, started: float) -> None:
+def finish_epoch(state: TrainingState, model: nn.Module, validate: Callable | None, started: float, sampler) -> None:
     """Append an epoch to the history, and keep its weights where its validation is the best so far."""
     losses = distributed.all_reduce(torch.stack(state.losses)).tolist()
     entry = {"epoch": len(state.history) + 1, "steps": state.step, "loss": sum(losses) / len(losses), "losses": losses}
+    entry["tokens"] = sampler.tokens(len(losses))
     entry["step_seconds"] = (time.time() - started) / len(losses)
     if validate:
         entry["accuracy"] = validate(model.eval())
@@ -261,9 +262,9 @@ def train(
     model after each backward pass, with the gradient of the whole batch before clipping; mask_keeper keeps pruned
     weights at zero; validate(model) -> accuracy, called at the end of each epoch; checkpoints: where the state is
     stored from time to time, and from where an interrupted training continues. Returns one dict per epoch: epoch,
-    steps, loss (mean), losses (one per step), step_seconds (mean), accuracy, seconds (with validation). Several
-    processes share every batch; dropout aside, they train as one would. Raises ``FloatingPointError`` when the loss is
-    not finite, and ``MemoryError`` when a batch does not fit.
+    steps (so far), tokens (of this epoch, without padding), loss (mean), losses (one per step), step_seconds (mean),
+    accuracy, seconds (with validation). Several processes share every batch; dropout aside, they train as one would.
+    Raises ``FloatingPointError`` when the loss is not finite, and ``MemoryError`` when a batch does not fit.
     """
     torch.manual_seed(seed + distributed.rank())
     # Reviews are padded on the right and attention is causal: no real token sees padding, so no mask is passed.
@@ -289,7 +290,7 @@ def train(
                 if state.step < end_of_epoch:
                     state.seconds = time.time() - started
                     save_if_due()
-            finish_epoch(state, stepper.bare, validate, started)
+            finish_epoch(state, stepper.bare, validate, started, loader.batch_sampler)
             save_if_due()
     if state.best:
         stepper.bare.load_state_dict(state.best[1])

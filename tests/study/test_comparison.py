@@ -55,14 +55,23 @@ def test_the_comparison_has_a_row_per_model_and_the_columns_of_the_contract(stud
     table = comparison.comparison_table(run, names)
     required = (
         "model accuracy accuracy_low accuracy_high f1 total_parameters active_parameters encoder_sparsity file_bytes "
-        "latency_ms speedup peak_memory_bytes p_value"
+        "train_steps train_tokens latency_ms speedup speedup_packed peak_memory_bytes p_value"
     )
     assert set(required.split()) <= set(table.columns)
     assert table["model"].tolist() == names
     numbers = table.drop(columns="model").to_numpy(dtype=float)
     assert np.isfinite(numbers).all()
     table = table.set_index("model")
-    assert table.loc["fine_tuned", ["speedup", "p_value"]].tolist() == [1.0, 1.0]
+    assert table.loc["fine_tuned", ["speedup", "p_value", "train_steps", "train_tokens"]].tolist() == [1, 1, 0, 0]
+    # Both are quotients of two latencies of the same turns, one of them of medians and one a median of quotients.
+    packed = table["speedup_packed"] * table["latency_ms"]
+    assert packed.to_numpy() == pytest.approx(packed.iloc[0])
+    tokens = sum(map(len, inputs.dataset(run, "train").input_ids))
+    trained = table[["train_steps", "train_tokens"]].T
+    assert trained[recovered].tolist() == trained[sparse].tolist() == trained["fine_tuned_extra"].tolist()
+    assert trained[recovered]["train_steps"] == 3 and 0 < trained[recovered]["train_tokens"] < tokens
+    assert trained["student_distilled_1"].tolist() == [3, tokens], "48 reviews in batches of 16"
+    assert trained["compressed_1"].tolist() == [6, 2 * tokens], "its own steps after those of the student"
     first = open_run(dataclasses.replace(run.profile, seeds=1), 0)
     answers = {name: right(first, name)[0] for name in names}
     for name in names:
