@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
+from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 
@@ -90,6 +91,26 @@ def wilson_interval(correct: np.ndarray) -> tuple[float, float]:
     """Return the 95 % interval of the share of True in a bool array (Wilson, 1927)."""
     interval = stats.binomtest(int(np.sum(correct)), len(correct)).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = 10) -> pd.DataFrame:
+    """Return how often predictions of a confidence are right: one row per bin of confidence, without the empty ones.
+
+    logits: [n, 2]. A prediction's confidence is its probability, 0.5 to 1, cut into bins of equal width. Columns:
+    confidence (mean), accuracy, n.
+    """
+    confidence, right = softmax(logits, axis=1).max(1), logits.argmax(1) == labels
+    bin_of = np.minimum((bins * (2 * confidence - 1)).astype(int), bins - 1)
+    table = pd.DataFrame({"bin": bin_of, "confidence": confidence, "accuracy": right, "n": 1})
+    return table.groupby("bin").agg({"confidence": "mean", "accuracy": "mean", "n": "sum"}).reset_index(drop=True)
+
+
+def calibration_error(table: pd.DataFrame) -> float:
+    """Return the expected calibration error: the mean of |accuracy - confidence| over all predictions.
+
+    table: of ``reliability``. See Guo et al. (2017).
+    """
+    return float(np.average((table["accuracy"] - table["confidence"]).abs(), weights=table["n"]))
 
 
 def f1_interval(labels: np.ndarray, predicted: np.ndarray, seed: int = 0) -> tuple[float, float]:

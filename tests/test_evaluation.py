@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from scipy.special import softmax
 from scipy.stats import binomtest, bootstrap, norm, wilcoxon
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import accuracy_score, f1_score
 
 from nbhelpers.data import IMDbDataset
 from nbhelpers.evaluation import (
     RESAMPLES,
     against,
+    calibration_error,
     evaluate_accuracy,
     evaluate_model,
     f1_interval,
@@ -24,12 +27,29 @@ from nbhelpers.evaluation import (
     paired_difference,
     predict_logits,
     predict_token_logits,
+    reliability,
     sign_flip_test,
     significance_table,
     wilson_interval,
 )
 
 # --- predictions ---
+
+
+def test_reliability_and_calibration_error_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(500, 2)) * 2
+    labels = (rng.random(500) < softmax(1.5 * logits, axis=1)[:, 1]).astype(int)
+    table = reliability(logits, labels, bins=10)
+    confidence, right = softmax(logits, axis=1).max(1), logits.argmax(1) == labels
+    # Confidence lies between 0.5 and 1: the upper ten of twenty bins.
+    accuracy, mean = calibration_curve(right, confidence, n_bins=20)
+    np.testing.assert_allclose(table[["confidence", "accuracy"]].to_numpy(), np.stack([mean, accuracy], 1), rtol=1e-12)
+    assert table["n"].sum() == 500
+    by_hand = sum(n * abs(a - c) for a, c, n in zip(accuracy, mean, table["n"], strict=True)) / 500
+    assert calibration_error(table) == pytest.approx(by_hand)
+    certain = reliability(np.array([[50.0, -50.0], [-50.0, 50.0]]), np.array([0, 0]))
+    assert certain[["confidence", "accuracy", "n"]].to_numpy().tolist() == [[1.0, 0.5, 2]]
 
 
 @pytest.fixture

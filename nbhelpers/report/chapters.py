@@ -110,16 +110,17 @@ STAGES = {
             "06_comparison",
             "Which model is worth its bytes and milliseconds, and which differences are real?",
             needs=names(
-                "pretrained fine_tuned scores_* fine_tuned_extra recovered_* sparse_* compact_* student_* compressed_*",
+                "pretrained fine_tuned scores_* fine_tuned_extra recovered_* sparse_* compact_* int8_* student_* "
+                "compressed_*",
             ),
             figures=names(
-                "accuracy differences rivals accuracy_size accuracy_latency cost forgotten unlearned",
+                "accuracy differences rivals accuracy_size accuracy_latency cost reliability forgotten unlearned",
                 prefix="06_",
             ),
-            tables=("comparison", "significance", "forgotten", "forgotten_associations", "unlearned"),
+            tables=names("comparison significance calibration forgotten forgotten_associations unlearned"),
             metrics=names(
                 "test_reviews models dense control recovered sparse student compressed tfidf against_tfidf forgotten "
-                "test_part",
+                "test_part calibration",
                 prefix="comparison.",
             )
             + names(

@@ -4,7 +4,16 @@ import numpy as np
 import pandas as pd
 
 from nbhelpers import criteria
-from nbhelpers.evaluation import evaluate_model, holm, mcnemar, over_seeds, paired_difference, significance_table
+from nbhelpers.evaluation import (
+    calibration_error,
+    evaluate_model,
+    holm,
+    mcnemar,
+    over_seeds,
+    paired_difference,
+    reliability,
+    significance_table,
+)
 from nbhelpers.measurement import measure_inference_efficiency
 from nbhelpers.sparse import convert_to_sparse, count_actual_params
 from nbhelpers.study.artefacts import layer_count, model_bytes, model_name, training_effort
@@ -80,6 +89,25 @@ def comparison_table(run: Run, names: list[str]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def calibrated_models(run: Run) -> list[str]:
+    """Return the models whose probabilities notebook 06 examines: one of each kind, as validation chose them."""
+    best, main = best_score(run), run.profile.main_sparsity
+    student = f"student_distilled_{run.profile.student_layers[0]}"
+    return ["fine_tuned", "int8_fine_tuned", model_name("recovered", best, main), student, best_compressed(run)]
+
+
+def calibration_table(run: Run) -> pd.DataFrame:
+    """Return the ``reliability`` of ``calibrated_models`` on the test reviews, with the columns model and error.
+
+    error: the model's expected calibration error.
+    """
+    labels, parts = dataset(run, "test").labels, []
+    for name in calibrated_models(run):
+        table = reliability(split_logits(run, name, "test"), labels)
+        parts.append(table.assign(model=name, error=calibration_error(table)))
+    return pd.concat(parts, ignore_index=True)
 
 
 # --- over seeds ---

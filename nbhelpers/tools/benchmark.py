@@ -340,7 +340,8 @@ def models(options) -> Iterator[tuple[str, pd.DataFrame]]:
             title = f"{shape}, {sparsity:.0%} of the block weights zero, {options.batch} x {options.length} tokens"
             size = (sparsity, options.batch, options.length)
             table = compare_models(shape, *size, options.threads, options.repeats)
-            yield title, table.assign(shape=shape, sparsity=sparsity)
+            about = {"shape": shape, "sparsity": sparsity, "reviews": options.batch, "length": options.length}
+            yield title, table.assign(**about)
 
 
 def machine(options) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -398,3 +398,10 @@ def test_rivals_are_drawn_in_points_with_a_line_per_rival_and_an_interval_per_sp
     assert not np.isclose(found["magnitude"].get_xdata()[0], found["random"].get_xdata()[0]), "side by side"
     intervals = sorted(tuple(segment[:, 1]) for part in ax.collections for segment in part.get_segments())
     assert np.array(intervals) == pytest.approx(np.array([(-2, 0), (1, 3), (3, 7), (8, 12)]))
+
+
+def test_reliability_shows_a_line_per_model_beside_the_diagonal():
+    table = pd.DataFrame({"model": ["fine_tuned"] * 2 + ["compressed_1"], "confidence": [0.6, 0.9, 0.8]})
+    (ax,) = drawn(plots.reliability(table.assign(accuracy=[0.5, 0.95, 0.7], n=[3, 7, 10])))
+    assert heights(ax.lines) == [[0.5, 1], [0.5, 0.95], [0.7]]
+    assert {"fine tuned", "compressed 1"} <= set(shown(ax.texts))

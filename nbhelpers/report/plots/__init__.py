@@ -1,7 +1,7 @@
 """One function per kind of figure; a colour means the same thing in all six notebooks (``report.style``)."""
 # ruff: noqa: F401
 
-from nbhelpers.report.plots.comparison import compare_and_visualize, forgotten, rivals, unlearned
+from nbhelpers.report.plots.comparison import compare_and_visualize, forgotten, reliability, rivals, unlearned
 from nbhelpers.report.plots.pruning import accuracy_curves, sensitivity
 from nbhelpers.report.plots.shared import (
     by_layer_and_module,

@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from nbhelpers.report.plots.shared import tradeoff
-from nbhelpers.report.style import COLORS, axes, color, in_percent, label, name_lines
+from nbhelpers.report.style import COLORS, axes, color, describe, in_percent, label, name_lines
 
 
 def compare_and_visualize(comparison: pd.DataFrame) -> dict[str, Figure]:
@@ -30,6 +30,23 @@ def compare_and_visualize(comparison: pd.DataFrame) -> dict[str, Figure]:
         ),
         "cost": figure,
     }
+
+
+def reliability(table: pd.DataFrame) -> Figure:
+    """Draw how often predictions of a confidence are right, a line per model; table: of ``calibration_table``."""
+    figure, (ax,) = axes(width=6.8, height=4.6)
+    ax.plot([0.5, 1], [0.5, 1], "--", color=COLORS["baseline"], label="_calibrated")
+    for name, part in table.groupby("model", sort=False):
+        ax.plot(part["confidence"], part["accuracy"], marker="o", color=color(name), label=label(name))
+        ax.scatter(
+            part["confidence"], part["accuracy"], s=part["n"] / table["n"].max() * 200, color=color(name), alpha=0.3
+        )
+    ax.set(xlabel="confidence", ylabel="share that is right")
+    for axis in (ax.xaxis, ax.yaxis):
+        in_percent(axis)
+    name_lines(ax)
+    describe(figure, "The area of a mark is the number of reviews; dashed: confidence and accuracy are the same")
+    return figure
 
 
 def forgotten(table: pd.DataFrame) -> Figure:
