@@ -7,7 +7,12 @@ import importlib
 
 from ipykernel import kernelapp
 
-LIBRARIES = ("nbhelpers.report.panels", "nbhelpers.study.comparison", "nbhelpers.study.forgetting")
+LIBRARIES = (
+    "nbhelpers.report.panels",
+    "nbhelpers.study.comparison",
+    "nbhelpers.study.forgetting",
+    "transformers.models.gpt2.modeling_gpt2",
+)
 
 if __name__ == "__main__":
     for library in LIBRARIES:

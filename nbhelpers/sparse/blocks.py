@@ -37,14 +37,14 @@ from nbhelpers.sparse.kernels import (
 from nbhelpers.sparse.threads import run_workers
 
 VECTORS = 2  # vectors per row of a tile: 32 tokens, the fastest or next to it for all shapes measured
-WORDS = ir.VectorType(ir.IntType(32), LANES)
+KINDS = ("avx512vnni", "avxvnni", "avx2")  # what a processor multiplies bytes with, the best first
 
 
 @functools.cache
 def byte_instructions() -> str | None:
-    """Return what this processor multiplies bytes with: "avx512vnni", "avxvnni", "avx2", or None for anything else."""
+    """Return the best of ``KINDS`` that this processor has, or None for another processor."""
     features = binding.get_host_cpu_features()
-    return next((name for name in ("avx512vnni", "avxvnni", "avx2") if features.get(name)), None)
+    return next((name for name in KINDS if features.get(name)), None)
 
 
 def is_available() -> bool:
@@ -87,66 +87,68 @@ def call(builder, name: str, result, *arguments):
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
-def make_row(kind: str):
-    """Return the function that multiplies one row of blocks, compiled for a kind of instructions."""
+@intrinsic
+def block_row(typing, width, kind, values, columns, begin, end, start, scale, packed, result):
+    """Set result[:] = scale * (start + sum of the products of block k and packed[columns[k], :]).
 
-    @intrinsic
-    def block_row(typing, width, values, columns, begin, end, start, scale, packed, result):
-        """Set result[:] = scale * (start + sum of the products of block k and packed[columns[k], :])."""
-        signature = types.void(width, values, columns, begin, end, start, scale, packed, result)
+    width and kind are tuples whose lengths say how many vectors a row of ``packed`` has and which of ``KINDS`` runs:
+    the compiler has to know both.
+    """
+    signature = types.void(width, kind, values, columns, begin, end, start, scale, packed, result)
 
-        def generate(context, builder, signature, arguments):
-            kinds = signature.args
-            value, column, source, target = (data_of(context, builder, kinds[i], arguments[i]) for i in (1, 2, 7, 8))
-            sums = sum_row(
-                builder,
-                kinds[0].count,
-                (value, column, source),
-                arguments[3:5],
-                splat(builder, arguments[5]),
-                builder.add,
-                lambda total, x, weight: add_byte_products(builder, total, x, weight, kind),
-            )
-            scale = splat(builder, arguments[6])
-            for j, total in enumerate(sums):
-                scaled = builder.fmul(builder.sitofp(total, VECTOR), scale)
-                builder.store(scaled, vector_at(builder, target, ir.Constant(INT, j * LANES)), align=4)
-            return context.get_dummy_value()
+    def generate(context, builder, signature, arguments):
+        kinds, instructions = signature.args, KINDS[signature.args[1].count - 1]
+        value, column, source, target = (data_of(context, builder, kinds[i], arguments[i]) for i in (2, 3, 8, 9))
+        sums = sum_row(
+            builder,
+            kinds[0].count,
+            (value, column, source),
+            arguments[4:6],
+            splat(builder, arguments[6]),
+            builder.add,
+            lambda total, x, weight: add_byte_products(builder, total, x, weight, instructions),
+        )
+        scale = splat(builder, arguments[7])
+        for j, total in enumerate(sums):
+            scaled = builder.fmul(builder.sitofp(total, VECTOR), scale)
+            builder.store(scaled, vector_at(builder, target, ir.Constant(INT, j * LANES)), align=4)
+        return context.get_dummy_value()
 
-        return signature, generate
+    return signature, generate
 
-    return block_row
+
+@njit_fast
+def multiply_tile(width, kind, sizes, memory, x, scale_x, y, matrix, token):
+    """Multiply a tile of tokens that starts at ``token``, scale the sums, add the bias and apply GELU."""
+    tokens, words, n_out, activate = sizes
+    values, columns, starts, begins, scale, bias = matrix
+    tile = len(width) * LANES
+    packed, block, taken = memory, memory[words * tile :], min(tile, tokens - token)
+    # Four bytes travel as one float: they are moved, never computed with.
+    transpose(x, token * words, words, packed, 0, tile, taken, words)
+    for row in range(0, n_out, LANES):
+        rows = min(LANES, n_out - row)
+        for i in range(row, row + rows):
+            begin, end, result = np.int64(starts[i]), np.int64(starts[i + 1]), block[(i - row) * tile :]
+            block_row(width, kind, values, columns, begin, end, begins[i], scale[i], packed, result)
+        transpose(block, 0, tile, y, token * n_out + row, n_out, rows, taken)
+    for i in range(token, token + taken):
+        own = y[i * n_out : (i + 1) * n_out]
+        int8.scale_row(own, scale_x[i], bias)
+        if activate:
+            gelu(own)
 
 
 @functools.cache
-def worker(kind: str):
-    """Return the function that each thread runs; its job is a list of addresses."""
-    width, tile, block_row = (0,) * VECTORS, VECTORS * LANES, make_row(kind)
+def worker(instructions: str):
+    """Return the function that each thread runs (compiled on first use, then cached on disk)."""
+    width, kind = (0,) * VECTORS, (0,) * (KINDS.index(instructions) + 1)
 
-    @njit_fast
-    def multiply_tile(sizes, memory, x, scale_x, y, matrix, token):
-        """Multiply a tile of tokens that starts at ``token``, scale the sums, add the bias and apply GELU."""
-        tokens, words, n_out, activate = sizes
-        values, columns, starts, begins, scale, bias = matrix
-        packed, block, taken = memory, memory[words * tile :], min(tile, tokens - token)
-        # Four bytes travel as one float: they are moved, never computed with.
-        transpose(x, token * words, words, packed, 0, tile, taken, words)
-        for row in range(0, n_out, LANES):
-            rows = min(LANES, n_out - row)
-            for i in range(row, row + rows):
-                begin, end = np.int64(starts[i]), np.int64(starts[i + 1])
-                block_row(width, values, columns, begin, end, begins[i], scale[i], packed, block[(i - row) * tile :])
-            transpose(block, 0, tile, y, token * n_out + row, n_out, rows, taken)
-        for i in range(token, token + taken):
-            own = y[i * n_out : (i + 1) * n_out]
-            int8.scale_row(own, scale_x[i], bias)
-            if activate:
-                gelu(own)
-
-    @cfunc(types.void(types.CPointer(types.voidptr)))
+    @cfunc(types.void(types.CPointer(types.voidptr)), cache=True)
     def run(job):
         sizes, counters = carray(job[0], 6, np.int64), carray(job[1], 2, np.int64)
         tokens, words, n_out, activate, scratch, blocks = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
+        tile = len(width) * LANES
         memory = carray(job[2], scratch, np.float32)[next_ticket(counters, 1) * (words + LANES) * tile :]
         x, scale_x = carray(job[3], tokens * words, np.float32), carray(job[4], tokens, np.float32)
         y = carray(job[5], tokens * n_out, np.float32)
@@ -162,7 +164,7 @@ def worker(kind: str):
             token = next_ticket(counters, 0) * tile
             if token >= tokens:
                 return
-            multiply_tile((tokens, words, n_out, activate), memory, x, scale_x, y, matrix, token)
+            multiply_tile(width, kind, (tokens, words, n_out, activate), memory, x, scale_x, y, matrix, token)
 
     return run
 
