@@ -22,6 +22,15 @@ def dense(x: torch.Tensor, matrix: tuple[torch.Tensor, torch.Tensor]) -> torch.T
 ENGINES = {"numba": kernels.multiply, "torch_csr": kernels.torch_csr, "dense": dense}
 
 
+def check_int8_engine(backend: str, device: str) -> None:
+    """Raise ``RuntimeError`` where an int8 engine does not run: off the CPU, or on a machine that lacks it."""
+    if device != "cpu":
+        raise RuntimeError(f'the backend "{backend}" must have all tensors on the CPU (got {device})')
+    int8.activation_levels()
+    if backend == "int8_blocks" and not blocks.is_available():
+        raise RuntimeError('the backend "int8_blocks" needs a processor with VNNI or AVX2, which this one has not')
+
+
 def int8_engines(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
     """Return the products by the int8 engines that run here, of a weight [out, in] that is rounded to eight bits."""
     rows = torch.arange(len(weight)).repeat_interleave(weight.shape[1])

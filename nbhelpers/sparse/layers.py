@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from nbhelpers.sparse import blocks, int8
-from nbhelpers.sparse.engines import EIGHT_BITS, ENGINES, choose_backend
+from nbhelpers.sparse.engines import EIGHT_BITS, ENGINES, check_int8_engine, choose_backend
 from nbhelpers.sparse.formats import densities, round_csr, to_csr, to_weight
 
 # The buffers in which each engine holds a matrix.
@@ -65,7 +65,8 @@ class SparseLinear(Float32Inference):
         Weights equal to zero (0.0 or -0.0) are dropped. backend: an engine, or "auto" for the one that is fastest on
         this machine for this shape and density with ``tokens`` (see ``choose_backend``), all of which are exact up to
         float rounding. "int8" and "int8_blocks" round weights and activations to eight bits.
-        Raises ``TypeError`` for another module and ``ValueError`` for an unknown backend.
+        Raises ``TypeError`` for another module, ``ValueError`` for an unknown backend, and ``RuntimeError`` for an int8
+        engine that does not run here.
         """
         if not isinstance(module, Conv1D | nn.Linear):
             raise TypeError(f"`module` must be a Conv1D or nn.Linear (got {type(module).__name__})")
@@ -87,8 +88,9 @@ class SparseLinear(Float32Inference):
         matrix, shape = (values, columns, starts, bias), (len(bias), in_features)
         if backend not in BACKENDS:
             raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)} (got {backend!r})")
-        if backend in EIGHT_BITS and scale is None:
-            matrix, scale = round_csr(matrix)
+        if backend in EIGHT_BITS:
+            check_int8_engine(backend, values.device.type)
+            matrix, scale = round_csr(matrix) if scale is None else (matrix, scale)
         if backend == "auto":
             device = str(values.device)
             backend = choose_backend(*shape, *densities(matrix, in_features), tokens, device, scale is not None)

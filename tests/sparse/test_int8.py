@@ -147,6 +147,16 @@ def test_overflow_is_found_by_a_product_that_is_known(monkeypatch):
         int8.activation_levels.__wrapped__()
 
 
+def test_an_engine_that_does_not_run_here_is_refused_and_never_chosen(monkeypatch):
+    with pytest.raises(RuntimeError, match=r'"int8" must have all tensors on the CPU \(got cuda\)'):
+        engines.check_int8_engine("int8", "cuda")
+    monkeypatch.setattr(blocks, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match='"int8_blocks" needs a processor with VNNI or AVX2'):
+        SparseLinear.from_dense(linear(torch.ones(4, 4)), "int8_blocks")
+    monkeypatch.setattr(int8, "is_available", lambda: False)
+    assert engines.int8_engines(torch.ones(2, 4), torch.ones(4, 4), torch.zeros(4)) == {}
+
+
 @pytest.mark.parametrize("backend", EIGHT_BITS)
 def test_what_is_not_a_number_stays_that_and_in_its_row(backend):
     weight, bias, x = problem(5, 6, 8, 1.0, 0)
