@@ -216,19 +216,29 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def significance_table(correct: dict[str, np.ndarray], pairs: list[tuple[str, str]]) -> pd.DataFrame:
+def is_significant(found: dict) -> bool:
+    """Return whether a paired difference is statistically significant at 5 %.
+
+    The adjusted p-value, which is about reviews, and the interval, which is about reviews and seeds, must agree.
+    """
+    return bool(found["p_adjusted"] < 0.05 and (found["low"] > 0 or found["high"] < 0))
+
+
+def significance_table(correct: dict[str, np.ndarray], pairs: list[tuple[str, str]], family: str) -> pd.DataFrame:
     """Return a table of paired comparisons on the same reviews, with p-values adjusted by Holm's method.
 
-    correct: {model: bool array [n] or [seeds, n]}; pairs: (model, model it is compared with), on the seeds of both.
-    Columns: comparison, metric, difference, low, high, p_value, p_adjusted, n, seeds, spread (over seeds).
+    correct: {model: bool array [n] or [seeds, n]}; pairs: (model, model it is compared with), on the seeds of both;
+    family: what these pairs have in common, for whose number the p-values are adjusted. Columns: comparison, family,
+    metric, difference, low, high, p_value, p_adjusted, n, seeds, spread (over seeds), significant.
     """
+    about = {"family": family, "metric": "accuracy"}
     rows = [
-        {"comparison": f"{a} - {b}", "metric": "accuracy", **paired_difference(correct[a], correct[b])}
+        {"comparison": f"{a} - {b}"} | about | paired_difference(correct[a], correct[b])
         for a, b in track(pairs, "comparing models in pairs")
     ]
     table = pd.DataFrame(rows)
-    table.insert(6, "p_adjusted", holm(table["p_value"]))
-    return table
+    table.insert(7, "p_adjusted", holm(table["p_value"]))
+    return table.assign(significant=[is_significant(row) for row in table.to_dict("records")])
 
 
 def against(correct: dict[str, np.ndarray], baseline: str) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ from nbhelpers.evaluation import (
     evaluate_model,
     f1_interval,
     holm,
+    is_significant,
     mcnemar,
     over_seeds,
     paired_difference,
@@ -289,13 +290,22 @@ def test_holm_is_the_closure_of_bonferroni():
         assert holm(p_values) == pytest.approx(expected, rel=1e-12, abs=0)
 
 
+@pytest.mark.parametrize(
+    ("p_adjusted", "low", "high", "expected"),
+    [(0.049, 0.01, 0.03, True), (0.049, -0.03, -0.01, True), (0.05, 0.01, 0.03, False), (0.01, -0.01, 0.03, False)],
+)
+def test_a_difference_is_significant_where_the_p_value_and_the_interval_agree(p_adjusted, low, high, expected):
+    assert is_significant({"p_adjusted": p_adjusted, "low": low, "high": high}) is expected
+
+
 def test_the_significance_table_has_a_row_per_pair_and_adjusted_p_values():
     rng = np.random.default_rng(0)
     correct = {"dense": rng.random((3, 60)) < 0.9, "pruned": rng.random((3, 60)) < 0.7, "student": rng.random(60) < 0.8}
     pairs = against(correct, "dense")
     assert pairs == [("pruned", "dense"), ("student", "dense")]
-    table = significance_table(correct, pairs)
-    assert " ".join(table) == "comparison metric difference low high p_value p_adjusted n seeds spread"
+    table = significance_table(correct, pairs, "all against dense")
+    columns = "comparison family metric difference low high p_value p_adjusted n seeds spread significant"
+    assert " ".join(table) == columns and set(table["family"]) == {"all against dense"}
     assert table["comparison"].tolist() == ["pruned - dense", "student - dense"]
     assert table["p_adjusted"].tolist() == holm(table["p_value"].tolist())
     for (a, b), row in zip(pairs, table.to_dict("records"), strict=True):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from nbhelpers.evaluation import is_significant
 from nbhelpers.profiles import get_profile
 from nbhelpers.report.chapters import STAGES
 from nbhelpers.report.style import label
@@ -19,9 +20,9 @@ def points(found: dict) -> str:
 
 def verdict(found: dict) -> str:
     """Return in words if a paired difference is statistically significant."""
-    if found["p_adjusted"] >= 0.05:
-        return "not distinguishable from none"
-    return "better beyond chance" if found["difference"] > 0 else "worse beyond chance"
+    if not is_significant(found):
+        return "no significant difference"
+    return "significantly better" if found["difference"] > 0 else "significantly worse"
 
 
 def finding_text(found: dict) -> str:
@@ -31,7 +32,7 @@ def finding_text(found: dict) -> str:
     layers = "1 layer left" if small["layers"] == 1 else f"{small['layers']} layers left"
     best, own, single, comparator = (label(found[key]) for key in ("best", "own", "single", "comparator_name"))
     seeds = f"{found['seeds']} seeds" if found["seeds"] > 1 else "one seed"
-    leads = [row for row in found["leaders"] if row["p_adjusted"] < 0.05]
+    leads = [row for row in found["leaders"] if is_significant(row)]
     leaders = ", ".join(
         f"{label(row['best'])} at {row['sparsity']:.0%} ({row['accuracy']:.1%}; {points(row)} to "
         f"{label(row['second'])})"
@@ -46,7 +47,7 @@ def finding_text(found: dict) -> str:
             f"{found['test_reviews']:,} test reviews, {seeds} (difference, 95 % interval, exact paired p, corrected).",
             "",
             "- **Which score wins where.** Best on validation after recovery, accuracy and lead on the test reviews: "
-            f"{leaders}. Leads beyond chance: {len(leads)} of {len(found['leaders'])}.",
+            f"{leaders}. Significant leads: {len(leads)} of {len(found['leaders'])}.",
             f"- **Do the three criteria together beat the best of them?** At {share}, the merge against {single}: "
             f"{points(found['merge'])}: {verdict(found['merge'])}.",
             f"- **And what the literature offers?** {comparator.capitalize()}, its best score right after pruning, "

@@ -139,7 +139,8 @@ def rivals(run: Run) -> list[tuple[str, str]]:
 def compare_rivals(run: Run) -> pd.DataFrame:
     """Return the ``significance_table`` of all ``rivals``, with the columns criterion (the other) and sparsity."""
     pairs = rivals(run)
-    table = significance_table(answers_of_all(run, sorted({name for pair in pairs for name in pair})), pairs)
+    correct = answers_of_all(run, sorted({name for pair in pairs for name in pair}))
+    table = significance_table(correct, pairs, "the merge against every other score")
     others = rival_scores(run)
     return table.assign(criterion=[c for c, _ in others], sparsity=[s for _, s in others])
 

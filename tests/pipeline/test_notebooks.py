@@ -220,7 +220,18 @@ def test_every_exercise_waits_for_an_answer_and_every_solution_is_right(run):
 
 
 def test_the_tables_of_the_contract_are_there(run):
-    significance = {"comparison", "metric", "difference", "low", "high", "p_value", "p_adjusted", "n", "seeds"}
+    significance = {
+        "comparison",
+        "family",
+        "metric",
+        "difference",
+        "low",
+        "high",
+        "p_value",
+        "p_adjusted",
+        "n",
+        "seeds",
+    }
     assert significance <= set(run.load_table("significance").columns)
     curves = run.load_table("curves")
     assert {"criterion", "sparsity", "stage", "split", "accuracy"} <= set(curves.columns)
