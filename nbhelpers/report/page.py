@@ -25,6 +25,7 @@ from nbhelpers.report.chapters import STAGES, Stage, in_order, promised_files
 from nbhelpers.report.words import (
     LEADING,
     LEGEND,
+    PACKED,
     all_numbers,
     comparison_cells,
     context,
@@ -151,7 +152,7 @@ def write_index(run: Run, stages: dict[str, Stage] | None = None) -> Path:
         cards=cards(results),
         context=context(results),
         finding=markdown(finding(results)),
-        legend=LEGEND,
+        legend=f"{LEGEND} {PACKED}",
         chapters=[c for c in chapters if c["figures"] or c["notebook"]],
         sections=all_numbers(results),
         facts=facts(run, results.get("run", {})),

@@ -71,6 +71,7 @@ LEGEND = (
     "Accuracy with its 95 % interval. Active parameters are non-zero block weights plus all others; sparsity is a "
     "share of the block weights. Speed-up and p (McNemar's exact test) are against the fine-tuned dense model."
 )
+PACKED = "Against packed: the speed against the dense model without padding and without tokens that nobody reads."
 # The models of the headline: the key in results.json, and what the page calls them.
 LEADING = {"dense": "Fine-tuned, dense", "sparse": "Pruned and sparse", "student": "Best student"}
 LEADING |= {"compressed": "Everything at once"}
