@@ -2,7 +2,6 @@
 
 import html
 import importlib.util
-import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -351,10 +350,10 @@ class BucketBatches(torch.utils.data.Sampler):
 
     def tokens(self, count: int) -> int:
         """Return the number of tokens, without padding, in the first ``count`` batches of the epoch."""
-        self.skip = 0
-        return int(sum(self.lengths[batch].sum() for batch in itertools.islice(self, count)))
+        return int(sum(self.lengths[batch].sum() for batch in self.epoch_batches()[:count]))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def epoch_batches(self) -> list[list[int]]:
+        """Return all batches of the epoch, in their order."""
         rng = np.random.default_rng((self.seed, self.epoch))
         order, pool = rng.permutation(len(self.lengths)), 20 * self.batch_size
         pools = [order[i : i + pool] for i in range(0, len(order), pool)]
@@ -362,7 +361,10 @@ class BucketBatches(torch.utils.data.Sampler):
         for part in pools:
             part = part[np.argsort(self.lengths[part], kind="stable")]
             batches += [part[i : i + self.batch_size].tolist() for i in range(0, len(part), self.batch_size)]
-        return iter([batches[i] for i in rng.permutation(len(batches))][self.skip :])
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.epoch_batches()[self.skip :])
 
 
 def make_loader(dataset: IMDbDataset, batch_size: int, pad_token_id: int, seed: int) -> torch.utils.data.DataLoader:

@@ -169,11 +169,11 @@ class Kernels:
         if notebook not in self.waiting:
             self.start(notebook)
         self.running = self.waiting.pop(notebook)
-        order = list(self.copies)
-        for following in order[order.index(notebook) + 1 :][:1]:
-            self.start(following)
-        with Follower(notebook.stem, copy.with_suffix(".progress")) as follower:
-            try:
+        try:
+            later = list(self.copies)[list(self.copies).index(notebook) + 1 :]
+            if later:
+                self.start(later[0])
+            with Follower(notebook.stem, copy.with_suffix(".progress")) as follower:
                 return papermill.execute_notebook(
                     fill_in(notebook),
                     fill_in(copy),
@@ -184,14 +184,14 @@ class Kernels:
                     km=self.running,
                     start_timeout=600,  # seconds; a slow disk takes long over the first import of torch
                 )
-            except PapermillExecutionError as error:
-                message = (str(error.evalue).strip().splitlines() or [""])[0][:300]
-                raise NotebookError(f"cell In [{error.exec_count}]: {error.ename}: {message}") from error
-            except (DeadKernelError, CellTimeoutError, RuntimeError) as error:
-                raise NotebookError(f"{cell_running(copy)}: its kernel died ({error}); out of memory?") from error
-            finally:
-                asyncio.run(self.running.shutdown_kernel(now=True))
-                self.running = None
+        except PapermillExecutionError as error:
+            message = (str(error.evalue).strip().splitlines() or [""])[0][:300]
+            raise NotebookError(f"cell In [{error.exec_count}]: {error.ename}: {message}") from error
+        except (DeadKernelError, CellTimeoutError, RuntimeError) as error:
+            raise NotebookError(f"{cell_running(copy)}: its kernel died ({error}); out of memory?") from error
+        finally:
+            asyncio.run(self.running.shutdown_kernel(now=True))
+            self.running = None
 
 
 def cell_running(copy: Path) -> str:

@@ -2,7 +2,7 @@
 
 Processors that multiply bytes take four of them at a time: in each of sixteen lanes, four activations times four
 weights, summed in 32 bits. So the unit that is stored or left out is a block of four neighbouring inputs of one output.
-A model pruned in such blocks (``select(..., block=4)``) leaves out as many blocks as weights. One that is pruned in
+A model pruned in such blocks (``masks.select_blocks``) leaves out as many blocks as weights. One that is pruned in
 single weights leaves out only the blocks that have no weight left: 66 % of them where 90 % of the weights are gone.
 
 The rest is as in ``kernels``: a tile of tokens is packed as [in / 4, tile], four bytes at each place, and the sums of a
@@ -20,7 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from nbhelpers.sparse import int8
-from nbhelpers.sparse.formats import BLOCK
+from nbhelpers.sparse.formats import BLOCK, mask_to_csr, row_numbers
 from nbhelpers.sparse.kernels import (
     INT,
     LANES,
@@ -177,18 +177,15 @@ def to_blocks(numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """
     blocks = torch.nn.functional.pad(numbers, (0, -numbers.shape[1] % BLOCK)).view(len(numbers), -1, BLOCK)
     used = (blocks != 0).any(2)
-    values = blocks[used].contiguous().view(torch.int32).flatten()
-    starts = torch.zeros(len(numbers) + 1, dtype=torch.int32)
-    starts[1:] = used.sum(1).cumsum(0)
+    values, columns, starts = mask_to_csr(used, blocks[used].contiguous().view(torch.int32).flatten())
     begins = -(int8.activation_levels() + 1) * numbers.sum(1, dtype=torch.int32)
-    return values, used.nonzero()[:, 1].to(torch.int32), starts, begins.to(torch.int32)
+    return values, columns, starts, begins.to(torch.int32)
 
 
 def from_blocks(values: torch.Tensor, columns: torch.Tensor, starts: torch.Tensor, in_features: int) -> torch.Tensor:
     """Return the int8 numbers [out, in] that ``to_blocks`` took apart."""
-    rows = torch.arange(len(starts) - 1).repeat_interleave(starts.diff())
     blocks = torch.zeros(len(starts) - 1, math.ceil(in_features / BLOCK), BLOCK, dtype=torch.int8)
-    blocks[rows, columns] = values.view(torch.int8).view(-1, BLOCK)
+    blocks[row_numbers(starts), columns] = values.view(torch.int8).view(-1, BLOCK)
     return blocks.flatten(1)[:, :in_features].contiguous()
 
 

@@ -8,7 +8,7 @@ al., 2020). Each row of a table or of a sparse matrix is stored as whole numbers
 import torch
 from torch import nn
 
-from nbhelpers.sparse.formats import quantize_rows
+from nbhelpers.sparse.formats import quantize_matrix
 from nbhelpers.sparse.layers import sparse_names
 
 
@@ -25,9 +25,7 @@ class Int8Embedding(nn.Module):
         """Return the nearest one to an embedding."""
         weight = embedding.weight.detach().float()
         quantized = cls(*weight.shape)
-        rows = torch.arange(len(weight)).repeat_interleave(weight.shape[1])
-        numbers, quantized.scale = quantize_rows(weight.flatten(), rows, len(weight))
-        quantized.numbers = numbers.view(weight.shape)
+        quantized.numbers, quantized.scale = quantize_matrix(weight)
         return quantized
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from nbhelpers.sparse import blocks, int8, kernels
-from nbhelpers.sparse.formats import quantize_rows, random_matrix, to_weight
+from nbhelpers.sparse.formats import quantize_matrix, random_matrix, to_weight
 
 EIGHT_BITS = ("int8", "int8_blocks")
 TRIALS = 5
@@ -33,9 +33,7 @@ def check_int8_engine(backend: str, device: str) -> None:
 
 def int8_engines(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
     """Return the products by the int8 engines that run here, of a weight [out, in] that is rounded to eight bits."""
-    rows = torch.arange(len(weight)).repeat_interleave(weight.shape[1])
-    numbers, scale = quantize_rows(weight.flatten(), rows, len(weight))
-    numbers, engines = numbers.view(weight.shape), {}
+    (numbers, scale), engines = quantize_matrix(weight), {}
     if int8.is_available():
         packed = (int8.pack(numbers), scale, bias)
         engines["int8"] = lambda: int8.multiply(x, packed)

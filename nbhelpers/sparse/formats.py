@@ -74,6 +74,13 @@ def quantize_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> tuple
     return (values / scale[rows]).round().to(torch.int8), scale
 
 
+def quantize_matrix(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 numbers and scales [rows] for a matrix [rows, columns]; see ``quantize_rows``."""
+    rows = torch.arange(len(weight)).repeat_interleave(weight.shape[1])
+    numbers, scale = quantize_rows(weight.flatten(), rows, len(weight))
+    return numbers.view(weight.shape), scale
+
+
 def round_csr(matrix: tuple[torch.Tensor, ...]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Return a matrix in CSR rounded to eight bits, without the weights that became zero, and its scales [out]."""
     values, columns, starts, bias = matrix

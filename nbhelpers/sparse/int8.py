@@ -13,16 +13,14 @@ import math
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, types
 
 from nbhelpers.sparse.formats import LEVELS
-from nbhelpers.sparse.kernels import gelu, next_ticket
+from nbhelpers.sparse.kernels import gelu, next_ticket, njit_fast
 from nbhelpers.sparse.threads import run_workers
 
 ROWS = 16  # tokens that a thread takes at a time
 SIGN, INFINITE = np.int32(0x7FFFFFFF), np.int32(0x7F800000)  # all bits but the sign; the bits of infinity
-# The scale of a row is a factor of all its numbers; a product and its sum may be one instruction.
-njit_fast = functools.partial(njit, nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})
 
 
 # --- two passes ---

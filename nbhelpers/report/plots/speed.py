@@ -15,13 +15,14 @@ from nbhelpers.report.style import (
     note,
     plain_numbers,
 )
+from nbhelpers.sparse.speed import IN_BLOCKS
 
 ENGINE_NAMES = {
     "dense": "fp32 dense",
     "int8": "int8 dense",
     "numba": "fp32 sparse",
     "int8_blocks": "int8 sparse",
-    "int8_blocks, 1x4": "int8, blocks of 4",
+    IN_BLOCKS: "int8, blocks of 4",
     "torch_csr": "torch.sparse",
 }
 ENGINE_LINES = {"int8": ":", "int8_blocks": "--"}
@@ -67,7 +68,7 @@ def roofline(table: pd.DataFrame, limits: dict[str, float]) -> Figure:
         # Each weight multiplies numbers that are read from the cache: 4 bytes for 2 operations.
         ax.axhline(limits["cache_gbs"] / 2, color=COLORS["sparse"], linestyle=":")
         note(ax, 0.01, limits["cache_gbs"] / 2, "one float from the cache per product")
-    marks = {"dense": "D", "int8": "s", "numba": "^", "int8_blocks": "P", "int8_blocks, 1x4": "*", "torch_csr": "v"}
+    marks = {"dense": "D", "int8": "s", "numba": "^", "int8_blocks": "P", IN_BLOCKS: "*", "torch_csr": "v"}
     for name, part in table.groupby("name", sort=False):
         ax.plot(part["intensity"], part["gflops"], marks[name], color=color(name), label=ENGINE_NAMES[name])
     ax.set(xscale="log", yscale="log", xlabel="useful operations per byte of memory traffic")
