@@ -4,9 +4,11 @@ Every criterion is a function(weights, statistics) -> {parameter name: score}, w
 weights by name and ``statistics`` a dict of dicts by parameter name: "pretrained" weights, "mean_abs_gradient" and
 "first_order_movement" over fine-tuning, and the statistics of ``training.observers.calibrate``.
 
-``CRITERIA`` are the three that the notebooks teach, ``COMPARATORS`` those from the literature.
+``CRITERIA`` are the three that the notebooks teach, ``COMPARATORS`` those from the literature, ``MERGES`` what is made
+of several; ``score`` takes any of their names.
 """
 
+import functools
 import zlib
 
 import torch
@@ -158,6 +160,32 @@ def merge_scores(scores: dict[str, Tensors], agreement: str = "all") -> Tensors:
     merge, ranks = AGREEMENTS[agreement], [global_ranks(score) for score in scores.values()]
     total = sum(rank.numel() for rank in ranks[0].values())
     return {name: merge(torch.stack([rank[name] for rank in ranks])) / total for name in ranks[0]}
+
+
+def merge_normalised(scores: dict[str, Tensors]) -> Tensors:
+    """Return the mean over criteria of each score over its mean of all weights: unlike ranks, it keeps distances."""
+    means = {c: sum(s.sum() for s in of.values()) / sum(s.numel() for s in of.values()) for c, of in scores.items()}
+    return {n: sum(of[n] / means[c] for c, of in scores.items()) / len(scores) for n in next(iter(scores.values()))}
+
+
+THREE = tuple(CRITERIA)
+# Merges by name: what they are made of, and how.
+MERGES = {
+    "merged": (THREE, functools.partial(merge_scores, agreement="all")),
+    "merged_majority": (THREE, functools.partial(merge_scores, agreement="majority")),
+    "merged_any": (THREE, functools.partial(merge_scores, agreement="any")),
+    "merged_mean_rank": (THREE, functools.partial(merge_scores, agreement="mean_rank")),
+    "merged_normalised": (THREE, merge_normalised),
+    "merged_with_taylor": ((*THREE, "taylor"), functools.partial(merge_scores, agreement="all")),
+}
+
+
+def score(name: str, weights: Tensors, statistics: dict[str, Tensors]) -> Tensors:
+    """Return the scores of a criterion, a comparator or a merge, by its name."""
+    if name in MERGES:
+        parts, merge = MERGES[name]
+        return merge({part: score(part, weights, statistics) for part in parts})
+    return (CRITERIA | COMPARATORS)[name](weights, statistics)
 
 
 def votes_needed(criteria: int) -> dict[str, int]:

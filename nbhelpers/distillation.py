@@ -1,9 +1,9 @@
-"""The loss with which a student learns from a teacher's logits."""
+"""The loss with which a model learns from a teacher: from its logits at every token, and from its hidden states."""
 
 import torch
 from torch import nn
 
-from nbhelpers.training.loop import token_logits, token_weights
+from nbhelpers.training.loop import head_logits, hidden_states, token_weights
 
 
 def distillation_loss(
@@ -30,13 +30,38 @@ def distillation_loss(
     return losses.mean() if weights is None else (losses * weights).sum()
 
 
-def taught_loss(model: nn.Module, batch: dict, alpha: float, t: float, prefix_share: float) -> torch.Tensor:
+def hidden_loss(
+    states: tuple[torch.Tensor, ...], teacher_states: tuple[torch.Tensor, ...], real: torch.Tensor
+) -> torch.Tensor:
+    """Return the squared error of hidden states over the teacher's mean square, the mean over layers.
+
+    states: [reviews, length, width] per layer; real: bool [reviews, length], False for padding. Dividing makes layers
+    of any scale count alike (SquareHead, Kurtic et al., 2023).
+    """
+    ratios = [
+        (state - taught)[real].square().sum() / taught[real].square().sum()
+        for state, taught in zip(states, teacher_states, strict=True)
+    ]
+    return torch.stack(ratios).mean()
+
+
+def taught_loss(
+    model: nn.Module, batch: dict, alpha: float, t: float, prefix_share: float, teacher: nn.Module | None = None
+) -> torch.Tensor:
     """Return the ``distillation_loss`` at every token of a batch's reviews, weighted by ``token_weights``.
 
-    batch: with ``teacher_logits`` [reviews, length, classes]. With alpha = 1 it is ``classification_loss``.
+    batch: with ``teacher_logits`` [reviews, length, classes]; with alpha = 1 it is ``classification_loss``. teacher: a
+    model of as many blocks, in eval mode, whose hidden states count as well (``hidden_loss``).
     """
-    logits = token_logits(model, batch)
+    states = hidden_states(model, batch)
+    logits = head_logits(model, states[-1])
     weights = token_weights(batch["lengths"], logits.shape[1], prefix_share) / len(logits)
     labels = batch["labels"][:, None].expand(weights.shape)
     rows = (tensor.flatten(0, 1) for tensor in (batch["teacher_logits"].float(), logits, labels))
-    return distillation_loss(*rows, alpha, t, weights.flatten())
+    loss = distillation_loss(*rows, alpha, t, weights.flatten())
+    if teacher is None:
+        return loss
+    with torch.no_grad():
+        taught = hidden_states(teacher, batch)
+    real = torch.arange(logits.shape[1], device=logits.device) < batch["lengths"][:, None]
+    return loss + hidden_loss(states[1:], taught[1:], real)

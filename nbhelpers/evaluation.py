@@ -168,6 +168,17 @@ def sign_flip_test(sums: np.ndarray) -> float:
     return min(1.0, float(probabilities[np.abs(totals) >= total].sum()))
 
 
+def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the mean of whole numbers [seeds, n], over reviews and seeds."""
+    # Reviews with the same values over seeds are alike: a resample is a multinomial draw of how many of each kind.
+    kinds, counts = np.unique(values, axis=1, return_counts=True)
+    rng, (seeds, n) = np.random.default_rng(seed), values.shape
+    means = rng.multinomial(n, counts / n, size=RESAMPLES) @ kinds.T / n  # [resamples, seeds]
+    drawn = rng.integers(seeds, size=(RESAMPLES, seeds))
+    low, high = np.percentile(np.take_along_axis(means, drawn, axis=1).mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
 def paired_difference(correct_a: np.ndarray, correct_b: np.ndarray, seed: int = 0) -> dict[str, float]:
     """Return accuracy of a minus accuracy of b on the same reviews: difference, low, high, p_value, n, seeds, spread.
 
@@ -178,32 +189,29 @@ def paired_difference(correct_a: np.ndarray, correct_b: np.ndarray, seed: int = 
     a, b = np.atleast_2d(correct_a), np.atleast_2d(correct_b)
     seeds = min(len(a), len(b))
     change = a[:seeds].astype(int) - b[:seeds].astype(int)
-    # Reviews with the same changes over seeds are alike: a resample is a multinomial draw of how many of each kind.
-    kinds, counts = np.unique(change, axis=1, return_counts=True)
-    rng, n = np.random.default_rng(seed), change.shape[1]
-    means = rng.multinomial(n, counts / n, size=RESAMPLES) @ kinds.T / n  # [resamples, seeds]
-    drawn = rng.integers(seeds, size=(RESAMPLES, seeds))
-    low, high = np.percentile(np.take_along_axis(means, drawn, axis=1).mean(1), [2.5, 97.5])
+    low, high = bootstrap_interval(change, seed)
     return {
         "difference": float(change.mean()),
-        "low": float(low),
-        "high": float(high),
+        "low": low,
+        "high": high,
         "p_value": sign_flip_test(change.sum(0)),
-        "n": n,
+        "n": change.shape[1],
         "seeds": seeds,
         "spread": float(change.mean(1).std(ddof=1)) if seeds > 1 else 0.0,
     }
 
 
 def over_seeds(correct: np.ndarray) -> dict[str, float]:
-    """Return the mean accuracy over seeds of a bool array [n] or [seeds, n], with accuracy_low, accuracy_high, seeds.
+    """Return the mean accuracy over seeds of a bool array [n] or [seeds, n], with its 95 % interval.
 
-    low and high are the lowest and the highest seed; with one seed, Wilson's interval over the reviews.
+    Keys: accuracy, accuracy_low, accuracy_high (``bootstrap_interval`` over reviews and seeds; with one seed, Wilson's
+    over reviews), lowest_seed, highest_seed (accuracies of single seeds), seeds.
     """
     correct = np.atleast_2d(correct)
     each = correct.mean(1)
-    low, high = wilson_interval(correct[0]) if len(correct) == 1 else (float(each.min()), float(each.max()))
-    return {"accuracy": float(each.mean()), "accuracy_low": low, "accuracy_high": high, "seeds": len(correct)}
+    low, high = wilson_interval(correct[0]) if len(correct) == 1 else bootstrap_interval(correct.astype(int))
+    found = {"accuracy": float(each.mean()), "accuracy_low": low, "accuracy_high": high}
+    return found | {"lowest_seed": float(each.min()), "highest_seed": float(each.max()), "seeds": len(correct)}
 
 
 def holm(p_values: list[float]) -> list[float]:

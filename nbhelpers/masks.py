@@ -31,12 +31,18 @@ def select_two_of_four(scores: Tensors, model: nn.Module) -> Tensors:
     return masks
 
 
-def select_blocks(scores: Tensors, model: nn.Module, sparsity: float, size: int = 4) -> Tensors:
+def select_blocks(
+    scores: Tensors,
+    model: nn.Module,
+    sparsity: float,
+    size: int = 4,
+    choose: Callable[[Tensors, float], Tensors] = select,
+) -> Tensors:
     """Return masks that drop whole blocks of ``size`` neighbouring inputs of an output: those of the lowest mean score.
 
     Exactly round(sparsity * number of blocks) are dropped, of all matrices together. Processors that multiply bytes
-    take four at a time (see ``sparse.blocks``). Raises ``ValueError`` where the number of inputs is not a multiple of
-    ``size``.
+    take four at a time (see ``sparse.blocks``). choose: see ``GradualKeeper``, here on the scores of blocks. Raises
+    ``ValueError`` where the number of inputs is not a multiple of ``size``.
     """
     means = {}
     for name, score in scores.items():
@@ -44,7 +50,7 @@ def select_blocks(scores: Tensors, model: nn.Module, sparsity: float, size: int 
         if rows.shape[1] % size:
             raise ValueError(f"the inputs of {name} must be a multiple of {size} (got {rows.shape[1]})")
         means[name] = rows.reshape(len(rows), -1, size).mean(2)
-    kept = {name: mask.repeat_interleave(size, 1) for name, mask in select(means, sparsity).items()}
+    kept = {name: mask.repeat_interleave(size, 1) for name, mask in choose(means, sparsity).items()}
     return {n: (mask.t() if stored_in_out(model, n) else mask).contiguous() for n, mask in kept.items()}
 
 
@@ -66,7 +72,7 @@ def select_structures(scores: Tensors, structures: list[Structures], sparsity: f
         means.append(mean)
         sizes.append(torch.full((structure.count,), size))
     mean, size = torch.cat(means), torch.cat(sizes)
-    order = mean.argsort(stable=True)[: int(mean.isfinite().sum())]
+    order = mean.argsort(stable=True)[: int((mean < torch.inf).sum())]
     total = sum(score.numel() for score in scores.values())
     dropped = torch.cat([torch.zeros(1, dtype=torch.long), size[order].cumsum(0)])
     kept = torch.ones(len(mean), dtype=torch.bool)
@@ -154,8 +160,9 @@ def cubic_sparsity(final: float, progress: float, first: float = 0.0) -> float:
 class GradualKeeper(MaskKeeper):
     """Prune during training: to ``first`` at once, a little more every ``every`` steps, to the end in ``steps`` steps.
 
-    scores() is called each time, so that scores can follow the weights (gradual magnitude pruning, ``RunningTaylor``).
-    ``finish`` raises ``RuntimeError`` where the training was too short to reach the sparsity.
+    scores() is called each time, so that scores can follow the weights; a weight that is gone stays gone.
+    choose(scores, sparsity) -> masks, by default those of single weights. ``finish`` raises ``RuntimeError`` where the
+    training was too short to reach the sparsity.
     """
 
     def __init__(
@@ -166,16 +173,21 @@ class GradualKeeper(MaskKeeper):
         steps: int,
         every: int = 1,
         first: float = 0.0,
+        choose: Callable[[Tensors, float], Tensors] = select,
     ):
-        self.scores, self.sparsity, self.first = scores, sparsity, first
+        self.scores, self.sparsity, self.first, self.choose = scores, sparsity, first, choose
         self.steps, self.every, self.step = max(1, steps), every, 0
         super().__init__(model, select(scores(), 0.0))
 
     def apply(self) -> None:
         """Take the next step of the schedule, and set the weights that the masks drop to zero."""
-        if self.step % self.every == 0 or self.step == self.steps:
-            chosen = select(self.scores(), cubic_sparsity(self.sparsity, self.step / self.steps, self.first))
-            self.masks = {name: mask.to(self.weights[name].device) for name, mask in chosen.items()}
+        if self.step <= self.steps and (self.step % self.every == 0 or self.step == self.steps):
+            scores = {
+                n: s.to(self.masks[n].device).masked_fill(~self.masks[n], -torch.inf) for n, s in self.scores().items()
+            }
+            chosen = self.choose(scores, cubic_sparsity(self.sparsity, self.step / self.steps, self.first))
+            # Whole structures are dropped to the nearest share, which may be one fewer than are gone.
+            self.masks = {name: mask.to(self.masks[name].device) & self.masks[name] for name, mask in chosen.items()}
         self.step += 1
         super().apply()
 

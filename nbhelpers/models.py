@@ -234,8 +234,8 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     return base.h if hasattr(base, "h") else base.layers
 
 
-def create_student(teacher: PreTrainedModel, layers: int, seed: int = 0, from_teacher: bool = True) -> PreTrainedModel:
-    """Return a copy of the teacher with fewer, evenly spaced blocks, or a random model of that shape.
+def create_student(teacher: PreTrainedModel, layers: int, seed: int = 0) -> PreTrainedModel:
+    """Return a copy of the teacher with fewer, evenly spaced blocks.
 
     The first block is always among them and, of two or more, the last (DistilBERT, Sanh et al. 2019, takes every other
     layer). Raises ``ModelError`` when the student would have more layers than the teacher.
@@ -247,12 +247,11 @@ def create_student(teacher: PreTrainedModel, layers: int, seed: int = 0, from_te
     config.num_hidden_layers = layers
     torch.manual_seed(seed)
     student = type(teacher)(config)
-    if from_teacher:
-        chosen = [round(i * (depth - 1) / max(1, layers - 1)) for i in range(layers)]
-        for block, i in zip(blocks(student), chosen, strict=True):
-            block.load_state_dict(blocks(teacher)[i].state_dict())
-        outside = {n: v for n, v in teacher.state_dict().items() if not re.search(r"\.(?:h|layers)\.\d+\.", n)}
-        student.load_state_dict(outside, strict=False)
+    chosen = [round(i * (depth - 1) / max(1, layers - 1)) for i in range(layers)]
+    for block, i in zip(blocks(student), chosen, strict=True):
+        block.load_state_dict(blocks(teacher)[i].state_dict())
+    outside = {n: v for n, v in teacher.state_dict().items() if not re.search(r"\.(?:h|layers)\.\d+\.", n)}
+    student.load_state_dict(outside, strict=False)
     return student.eval()
 
 

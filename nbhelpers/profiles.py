@@ -8,6 +8,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+# The three criteria, their merge, and the score of the literature that the notebooks compare them with.
+DEFAULT_SCORES = ("magnitude", "movement", "gradient", "merged", "taylor")
+
 
 class ProfileError(ValueError):
     """An unknown profile or field, or an impossible value; the message says what is expected and what was found."""
@@ -48,11 +51,13 @@ class Profile:
 
     # pruning and recovery
     sparsities: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95)
+    comparators: tuple[str, ...] = ("random",)  # evaluated beside the scores right after pruning, or none
+    scores: tuple[str, ...] = DEFAULT_SCORES  # recovered; these five and any more
     recovery_sparsities: tuple[float, ...] = (0.8, 0.9)
     main_sparsity: float = 0.9  # one of recovery_sparsities, which 04 converts and 06 compares
-    recovery_steps: int = 60
-    recovery_learning_rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)  # each score uses its best one on validation
-    comparator_sparsities: tuple[float, ...] = (0.9,)  # at which the other comparators are recovered, or none
+    recovery_epochs: float = 1.0  # passes over the training reviews
+    recovery_learning_rates: tuple[float, ...] = (5e-4, 1e-3)  # the best after a sixth of a recovery is used
+    budget_steps: tuple[int, ...] = ()  # lengths of the recoveries in the budget curve, or none
     structured_sparsities: tuple[float, ...] = (0.5, 0.75)  # of whole heads and neurons, in 04
 
     # distillation
@@ -80,6 +85,9 @@ class Profile:
             check(field.name, getattr(self, field.name))
         if self.main_sparsity not in self.recovery_sparsities:
             raise must_be("main_sparsity", f"one of recovery_sparsities {self.recovery_sparsities}", self.main_sparsity)
+        missing = set(DEFAULT_SCORES) - set(self.scores)
+        if missing:
+            raise must_be("scores", f"a list with {', '.join(DEFAULT_SCORES)}", self.scores)
 
     @property
     def description(self) -> str:
@@ -100,14 +108,21 @@ KINDS = {
     float: "a number",
     tuple[float, ...]: "numbers separated by commas",
     tuple[int, ...]: "whole numbers separated by commas",
+    tuple[str, ...]: "names separated by commas",
 }
-COUNTS = ["max_tokens", "batch_size", "eval_batch_size", "epochs", "accumulation", "recovery_steps", "distill_epochs"]
+SCALARS = {tuple[float, ...]: float, tuple[int, ...]: int, tuple[str, ...]: str}
+COUNTS = ["max_tokens", "batch_size", "eval_batch_size", "epochs", "accumulation", "distill_epochs", "budget_steps"]
 COUNTS += ["distill_batch_size", "embedding_rank", "compress_epochs", "scan_steps", "latency_repeats", "seeds"]
 COUNTS += ["validation_size", "test_size", "calibration_reviews"]
 SHARES = ["head_share", "warmup_share", "dropout", "alphas", "layer_decay", "prefix_share"]
-SPARSITIES = ["sparsities", "recovery_sparsities", "main_sparsity", "structured_sparsities", "comparator_sparsities"]
+SPARSITIES = ["sparsities", "recovery_sparsities", "main_sparsity", "structured_sparsities"]
 POSITIVE = ["learning_rate", "recovery_learning_rates", "distill_learning_rate", "compress_learning_rate"]
-POSITIVE += ["temperatures", "max_grad_norm"]
+POSITIVE += ["temperatures", "max_grad_norm", "recovery_epochs"]
+# Scores that can be taken again from the gradients of a training (``criteria.score``), and those that cannot.
+RESCORED = ("magnitude", "movement", "gradient", "taylor", "random", "merged", "merged_majority", "merged_any")
+RESCORED += ("merged_mean_rank", "merged_normalised", "merged_with_taylor")
+PRUNERS = (*RESCORED, "fisher", "movement_first_order", "wanda", "sparsegpt")
+OPTIONAL = ("comparators", "budget_steps")
 # Fields, the condition for each of their values, and how an error puts it.
 RULES = [
     (COUNTS, lambda x: x >= 1, "a whole number of at least 1"),
@@ -118,6 +133,8 @@ RULES = [
     (POSITIVE, lambda x: x > 0 and math.isfinite(x), "a positive number"),
     (["weight_decay"], lambda x: x >= 0 and math.isfinite(x), "a number of at least 0"),
     (["precision"], lambda x: x in ("auto", "no", "bf16"), "auto, no or bf16"),
+    (["scores"], lambda x: x in RESCORED, f"of {', '.join(RESCORED)}"),
+    (["comparators"], lambda x: x in PRUNERS, f"of {', '.join(PRUNERS)}"),
     # Bytes of a command line that are not UTF-8 arrive as lone surrogates, which no file of results could hold.
     (
         ["model", "model_revision", "data", "data_revision"],
@@ -136,12 +153,12 @@ def check(field: str, value) -> None:
     """Raise ``ProfileError`` when a value has the wrong type or is outside the field's range."""
     kind = TYPES[field]
     items = value if isinstance(value, tuple) else (value,)
-    scalar = {tuple[float, ...]: float, tuple[int, ...]: int}.get(kind, kind)
+    scalar = SCALARS.get(kind, kind)
     if isinstance(value, tuple) != (scalar is not kind) or not all(
         isinstance(item, scalar) and not isinstance(item, bool) for item in items
     ):
         raise must_be(field, KINDS[kind], value)
-    if not items and field != "comparator_sparsities":
+    if not items and field not in OPTIONAL:
         raise must_be(field, f"{KINDS[kind]}, at least one", value)
     if len(set(items)) < len(items):
         raise must_be(field, "distinct values", value)
@@ -166,8 +183,7 @@ def convert(field: str, text):
     try:
         if kind in (int, float, str):
             return kind(text)
-        scalar = float if kind == tuple[float, ...] else int
-        return tuple(scalar(item) for item in text.split(",") if item.strip())
+        return tuple(SCALARS[kind](item.strip()) for item in text.split(",") if item.strip())
     except ValueError:
         raise must_be(field, KINDS[kind], text) from None
 
@@ -240,8 +256,9 @@ PROFILES = {
         learning_rate=5e-4,
         sparsities=(0.5, 0.9),
         recovery_sparsities=(0.9,),
-        recovery_steps=3,
+        recovery_epochs=0.5,
         recovery_learning_rates=(5e-4, 1e-3),
+        budget_steps=(1,),
         seeds=2,
         structured_sparsities=(0.5,),
         student_layers=(1,),
@@ -256,20 +273,17 @@ PROFILES = {
     ),
     "quick": Profile(
         name="quick",
-        # At 80 %, not at 90 %, 20 steps recover the best score nearly to the dense model; more steps or a higher rate
-        # do not help on these reviews.
         train_size=1500,
         validation_size=300,
         max_tokens=160,
         main_sparsity=0.8,
-        comparator_sparsities=(0.8,),
-        recovery_steps=20,
-        recovery_learning_rates=(1e-4, 2e-4),
+        recovery_learning_rates=(2e-4, 5e-4),
+        budget_steps=(10, 30),
         distill_epochs=3,
         distill_learning_rate=1e-3,
         scan_steps=15,
     ),
-    # Sized for hours on two cores: three seeds and all labelled reviews matter more than many recovery steps, students
+    # Sized for hours on two cores: four seeds and all labelled reviews matter more than many recovery steps, students
     # of every seed, and the last tokens of the longest reviews.
     "thorough": Profile(
         name="thorough",
@@ -278,16 +292,24 @@ PROFILES = {
         max_tokens=384,
         sparsities=(0.5, 0.7, 0.8, 0.9, 0.95, 0.97),
         recovery_sparsities=(0.5, 0.8, 0.9, 0.95),
-        comparator_sparsities=(0.8, 0.9),
-        recovery_steps=60,
-        recovery_learning_rates=(2e-4, 5e-4),
+        comparators=("random", "fisher", "movement_first_order", "wanda", "sparsegpt"),
+        scores=(
+            *DEFAULT_SCORES,
+            "merged_majority",
+            "merged_any",
+            "merged_mean_rank",
+            "merged_normalised",
+            "merged_with_taylor",
+        ),
+        recovery_learning_rates=(2e-4, 5e-4, 1e-3),
+        budget_steps=(60, 330, 8000),
         distill_epochs=2,
         temperatures=(1.0, 2.0, 4.0),
         alphas=(0.1, 0.5, 0.9),
         scan_steps=60,
         calibration_reviews=1024,
         latency_repeats=25,
-        seeds=3,
+        seeds=4,
     ),
     "gpt2": Profile(
         name="gpt2",
@@ -303,7 +325,7 @@ PROFILES = {
         learning_rate=5e-5,
         sparsities=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
         recovery_sparsities=(0.8, 0.9),
-        recovery_steps=1400,
+        recovery_epochs=2.0,
         recovery_learning_rates=(2e-5, 5e-5, 1e-4),
         student_layers=(6, 3),
         distill_epochs=3,

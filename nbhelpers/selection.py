@@ -4,6 +4,7 @@ Floats that are not negative order like their bits. Two passes count 16 bits eac
 sorted, copied or concatenated: 40 times as fast as ``torch.nn.utils.prune`` on GPT-2's 85 million block weights.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -134,3 +135,29 @@ def select(scores: Mapping[str, torch.Tensor], sparsity: float, scope: str = "gl
         masks = [select_lowest({name: score}, round(sparsity * score.numel())) for name, score in scores.items()]
         return {name: mask for part in masks for name, mask in part.items()}
     raise ValueError(f"`scope` must be global or layer (got {scope!r})")
+
+
+def bounded(score: torch.Tensor, fewest: int, most: int) -> torch.Tensor:
+    """Return scores with which at least the ``fewest`` best and at most the ``most`` best weights are kept."""
+    few, many = (select_lowest({"": score}, score.numel() - count)[""] for count in (fewest, most))
+    return score.double().masked_fill(~many, -torch.inf).masked_fill(few, torch.inf)
+
+
+def select_within_bounds(scores: Mapping[str, torch.Tensor], sparsity: float, factor: float = 4.0) -> Tensors:
+    """Return the masks of ``select``, but each matrix keeps a share within a factor of the average share.
+
+    A global threshold can empty a matrix, which cuts the model in two.
+    """
+    scores, within = dict(scores), set()
+    while True:
+        masks = select(scores, sparsity)
+        before = len(within)
+        for name, mask in masks.items():
+            average = (1 - sparsity) * mask.numel()
+            fewest, most = math.ceil(average / factor), min(mask.numel(), math.floor(factor * average))
+            if name not in within and not fewest <= mask.sum() <= most:
+                scores[name] = bounded(scores[name], fewest, most)
+                within.add(name)
+        # Bounds move the threshold for all other matrices, so that more of them may need theirs.
+        if len(within) == before:
+            return masks

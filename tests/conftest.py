@@ -20,6 +20,7 @@ os.environ.pop("NBHELPERS_FORCE", None)
 WORKSPACE = tempfile.TemporaryDirectory(prefix="nbhelpers-tests-")
 os.environ["NBHELPERS_ROOT"] = WORKSPACE.name
 
+import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -81,6 +82,27 @@ def toy_model():
     return tiny_model()
 
 
+def literal_means(values, resamples=20_000):
+    """Means of an array [seeds, n] with resampled reviews and seeds, by index, as the bootstrap is defined."""
+    values, rng = np.asarray(values, float), np.random.default_rng(9)
+    seeds, n = values.shape
+    return [values[rng.integers(seeds, size=seeds)][:, rng.integers(n, size=n)].mean() for _ in range(resamples)]
+
+
+def assert_percentiles(found, reference):
+    """Percentiles of RESAMPLES resamples agree with those of many more, within their Monte Carlo error.
+
+    The standard error of a sample's p-quantile is sqrt(p (1 - p) / n) over the density there; the density is estimated
+    from the reference, between the quantiles one standard error away. Four of them are allowed.
+    """
+    from nbhelpers.evaluation import RESAMPLES
+
+    for value, p in zip(found, (0.025, 0.975), strict=True):
+        error = np.sqrt(p * (1 - p) / RESAMPLES)
+        low, high = np.quantile(reference, [p - 4 * error, p + 4 * error])
+        assert low - 1e-12 <= value <= high + 1e-12
+
+
 @pytest.fixture
 def alone():
     """For a test that trains: it chooses its precision, and what it chose is gone after it."""
@@ -88,9 +110,8 @@ def alone():
         yield
 
 
-# float32, so that a second computation gives the same bits; steps large enough for weights and predictions to change;
-# and of the comparators only the best one is recovered.
-STUDY = {"precision": "no", "learning_rate": 1e-2, "distill_learning_rate": 5e-3, "comparator_sparsities": ()}
+# float32, so that a second computation gives the same bits; steps large enough for weights and predictions to change.
+STUDY = {"precision": "no", "learning_rate": 1e-2, "distill_learning_rate": 5e-3, "comparators": ("wanda", "sparsegpt")}
 STUDY |= {"recovery_learning_rates": (1e-4, 1e-2), "recovery_sparsities": (0.5, 0.9)}
 
 
@@ -109,7 +130,7 @@ def once_per_suite(tmp_path_factory, name, make):
 def compute_study(root):
     """Compute what the notebooks compute, on the smallest profile with two seeds, in a workspace."""
     from nbhelpers.profiles import get_profile
-    from nbhelpers.study import comparison, conversion, fine_tuning, inputs, pruning, students
+    from nbhelpers.study import comparison, conversion, fine_tuning, inputs, pruning, recovery, students
     from nbhelpers.study.choices import best_score
     from nbhelpers.workspace import open_run
 
@@ -118,7 +139,9 @@ def compute_study(root):
         run = open_run(get_profile("smoke", **STUDY), 0)
         for seed_run in inputs.runs_of(run):
             fine_tuning.finetune_model(seed_run)
-        pruning.recover_all(run)
+        recovery.recover_all(run)
+        recovery.recover_in_parts(run)
+        run.save_table("budget", recovery.budget_curve(run))
         students.distil_all(run)
         students.compress_all(run)
         best = best_score(run)
@@ -127,9 +150,9 @@ def compute_study(root):
         conversion.block_model(run, best, 0.9)
         for name in conversion.int8_sources(run, best):
             conversion.to_int8(run, name)
-        run.save_table("curves", pd.concat([pruning.pruned_curves(run), pruning.recovered_curves(run)]))
+        run.save_table("curves", pd.concat([pruning.pruned_curves(run), recovery.recovered_curves(run)]))
         comparison.open_test_part(run)
-        run.save_table("comparison", comparison.comparison_table(run, ["fine_tuned", "compressed_1"]))
+        run.save_table("comparison", comparison.comparison_table(run, comparison.rows_of(run)))
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +160,7 @@ def finished_study(tmp_path_factory):
     """A copy of the study that is computed once per suite, for all tests of one worker."""
     from nbhelpers.profiles import get_profile
     from nbhelpers.study import inputs
-    from nbhelpers.study.choices import best_comparator, best_score
+    from nbhelpers.study.choices import best_score
     from nbhelpers.workspace import open_run
 
     root = tmp_path_factory.mktemp("study")
@@ -145,14 +168,13 @@ def finished_study(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NBHELPERS_ROOT", str(root))
         run = open_run(get_profile("smoke", **STUDY), 0)
-        chosen = {"best": best_score(run), "comparator": best_comparator(run)}
         models = [seed_run.models() for seed_run in inputs.runs_of(run)]
-    return SimpleNamespace(root=root, run=run, models=models, **chosen)
+        return SimpleNamespace(root=root, run=run, models=models, best=best_score(run))
 
 
 @pytest.fixture
 def study(finished_study, monkeypatch):
-    """The finished study as the workspace of one test: root, run, best score, best comparator, models of each seed."""
+    """The finished study as the workspace of one test: root, run, best score, models of each seed."""
     monkeypatch.setenv("NBHELPERS_ROOT", str(finished_study.root))
     return finished_study
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
-from nbhelpers.criteria import COMPARATORS, CRITERIA, flag_below, global_ranks, merge_scores, sparsegpt
+from nbhelpers.criteria import COMPARATORS, CRITERIA, MERGES, flag_below, global_ranks, merge_scores, score, sparsegpt
 from nbhelpers.masks import identify_useless_parameters
+from nbhelpers.profiles import PRUNERS
 
 # All numbers are multiples of 1/8, which float32 holds exactly: the comparisons below need no tolerance.
 FINE_TUNED = torch.tensor(
@@ -159,6 +160,34 @@ def test_a_merged_score_is_the_rank_at_which_enough_criteria_agree(agreement, co
     expected = ranks.mean(0) if needed is None else np.sort(ranks, 0)[needed - 1]
     # Sums of at most four float64 ranks below one.
     np.testing.assert_allclose(flat(merge_scores(scores, agreement)), expected, rtol=0, atol=1e-15)
+
+
+def test_a_score_by_name_is_a_criterion_a_comparator_or_a_merge():
+    rng, shapes = np.random.default_rng(0), {"a": (3, 4), "b": (9,)}
+    w, before, g, c = (rng.normal(size=21) for _ in range(4))
+
+    def tensors(values):
+        parts = np.split(values, [12])
+        return {n: torch.from_numpy(part.reshape(shapes[n])) for n, part in zip(shapes, parts, strict=True)}
+
+    statistics = {"pretrained": before, "mean_abs_gradient": abs(g), "calibration_gradient": abs(c)}
+    three = [abs(w), abs(w - before), abs(g)]
+    ranks = np.array([rankdata(scores) - 1 for scores in (*three, abs(w * c))]) / 21
+    expected = {
+        "movement": three[1],
+        "taylor": abs(w * c),
+        "merged": ranks[:3].max(0),
+        "merged_majority": np.median(ranks[:3], 0),
+        "merged_any": ranks[:3].min(0),
+        "merged_mean_rank": ranks[:3].mean(0),
+        "merged_normalised": sum(scores / scores.mean() for scores in three) / 3,
+        "merged_with_taylor": ranks.max(0),
+    }
+    assert set(MERGES) <= set(expected)
+    for name, values in expected.items():
+        found = flat(score(name, tensors(w), {key: tensors(value) for key, value in statistics.items()}))
+        np.testing.assert_allclose(found, values, rtol=1e-12, err_msg=name)
+    assert set(PRUNERS) == {*CRITERIA, *COMPARATORS, *MERGES, "sparsegpt"}, "a profile may ask for each of them"
 
 
 @pytest.mark.parametrize(

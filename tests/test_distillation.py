@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
 from scipy.special import log_softmax
 
 from nbhelpers.data import pad
-from nbhelpers.distillation import distillation_loss, taught_loss
+from nbhelpers.distillation import distillation_loss, hidden_loss, taught_loss
 from nbhelpers.training import classification_loss
 from nbhelpers.training.loop import micro_batch
 
@@ -59,6 +60,37 @@ def test_every_token_is_taught_by_the_teachers_logits_of_that_token(toy_model, p
     assert taught_loss(toy_model, batch, alpha, t, prefix_share).item() == pytest.approx(expected, rel=1e-5)
     labels_alone = taught_loss(toy_model, batch, 1.0, t, prefix_share)
     torch.testing.assert_close(labels_alone, classification_loss(toy_model, batch, prefix_share))
+
+
+def test_the_hidden_loss_is_the_squared_error_over_the_teachers_square_of_each_layer():
+    rng = np.random.default_rng(0)
+    mine, taught = rng.normal(size=(2, 3, 2, 4, 5)) * np.array([1, 10, 100])[:, None, None, None]
+    real = np.array([[True, True, True, True], [True, True, False, False]])
+    ratios = [((m[real] - t[real]) ** 2).sum() / (t[real] ** 2).sum() for m, t in zip(mine, taught, strict=True)]
+    found = hidden_loss(tuple(torch.from_numpy(mine)), tuple(torch.from_numpy(taught)), torch.from_numpy(real))
+    assert found.item() == pytest.approx(np.mean(ratios), rel=1e-12)
+
+
+def test_a_teacher_adds_the_loss_of_the_blocks_hidden_states_without_padding(toy_model):
+    reviews, teacher = [[3, 5, 7, 9], [11, 2]], tiny_model(seed=1)
+    batch = {"input_ids": pad(reviews, 0), "labels": torch.tensor([1, 0]), "lengths": torch.tensor([4, 2])}
+    batch["teacher_logits"] = torch.randn(2, 4, 2, generator=torch.Generator().manual_seed(0))
+    # A review at a time, so that nothing is padded; without the embeddings.
+    with torch.no_grad():
+        mine, taught = (
+            [
+                np.concatenate([layer[0].numpy() for layer in layers])
+                for layers in zip(
+                    *(m(torch.tensor([r]), output_hidden_states=True).hidden_states[1:] for r in reviews), strict=True
+                )
+            ]
+            for m in (toy_model, teacher)
+        )
+    expected = np.mean([((m - t) ** 2).sum() / (t**2).sum() for m, t in zip(mine, taught, strict=True)])
+    losses = [taught_loss(toy_model, batch, 0.3, 2.0, 0.5, teacher=one) for one in (teacher, None)]
+    assert (losses[0] - losses[1]).item() == pytest.approx(expected, rel=1e-4)
+    losses[0].backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
 def test_a_micro_batch_cuts_the_teachers_logits_with_its_reviews():

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import assert_percentiles, literal_means, tiny_model
 from scipy.special import softmax
 from scipy.stats import binomtest, bootstrap, norm, wilcoxon
 from sklearn.calibration import calibration_curve
@@ -15,7 +15,6 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from nbhelpers.data import IMDbDataset
 from nbhelpers.evaluation import (
-    RESAMPLES,
     against,
     calibration_error,
     evaluate_accuracy,
@@ -128,18 +127,6 @@ def noisy_predictions(count=150):
     return labels, np.where(rng.random(count) < 0.8, labels, 1 - labels)
 
 
-def assert_percentiles(found, reference):
-    """Percentiles of RESAMPLES resamples agree with those of many more, within their Monte Carlo error.
-
-    The standard error of a sample's p-quantile is sqrt(p (1 - p) / n) over the density there; the density is estimated
-    from the reference, between the quantiles one standard error away. Four of them are allowed.
-    """
-    for value, p in zip(found, (0.025, 0.975), strict=True):
-        error = np.sqrt(p * (1 - p) / RESAMPLES)
-        low, high = np.quantile(reference, [p - 4 * error, p + 4 * error])
-        assert low - 1e-12 <= value <= high + 1e-12
-
-
 def test_the_f1_interval_is_the_percentile_bootstrap_of_scipy():
     labels, predicted = noisy_predictions()
 
@@ -219,13 +206,6 @@ def test_the_sign_flip_test_of_a_whole_test_part_is_quick_and_near_its_normal_ap
     assert p_value == pytest.approx(2 * norm.sf(z), rel=0.05)
 
 
-def literal_differences(a, b, resamples=20_000):
-    """Mean differences of resampled reviews and seeds, by index, as the definition of the bootstrap says."""
-    change, rng = a.astype(float) - b.astype(float), np.random.default_rng(9)
-    seeds, n = change.shape
-    return [change[rng.integers(seeds, size=seeds)][:, rng.integers(n, size=n)].mean() for _ in range(resamples)]
-
-
 @pytest.mark.parametrize("counts", [(60, 3, 7, 10), (60, 40, 12, 10)])
 def test_a_paired_difference_of_one_seed_has_the_percentile_bootstrap_of_scipy(counts):
     a, b = pair(*counts)
@@ -251,7 +231,7 @@ def test_a_paired_difference_over_seeds_resamples_reviews_and_seeds():
     assert found["spread"] == pytest.approx(statistics.stdev(by_seed))
     assert (found["n"], found["seeds"]) == (80, 3)
     assert found["p_value"] == sign_flip_test((a.astype(int) - b).sum(0))
-    assert_percentiles((found["low"], found["high"]), literal_differences(a, b))
+    assert_percentiles((found["low"], found["high"]), literal_means(a.astype(int) - b))
     # Of two models that differ in seeds, the seeds of both are compared.
     assert paired_difference(a, b[:2]) == paired_difference(a[:2], b[:2])
     assert paired_difference(a, b[0]) == paired_difference(a[0], b[0])
@@ -265,12 +245,15 @@ def test_seeds_that_disagree_widen_the_interval():
     assert (found["difference"], found["spread"], found["low"], found["high"]) == (0, 1, -1, 1)
 
 
-def test_accuracy_over_seeds_is_their_mean_between_the_lowest_and_the_highest():
+def test_accuracy_over_seeds_has_a_bootstrap_interval_over_reviews_and_seeds_beside_its_range():
     correct = np.arange(40) < np.array([[20], [30], [22]])
     found = over_seeds(correct)
-    assert found == pytest.approx({"accuracy": 0.6, "accuracy_low": 0.5, "accuracy_high": 0.75, "seeds": 3})
+    interval = found.pop("accuracy_low"), found.pop("accuracy_high")
+    assert found == pytest.approx({"accuracy": 0.6, "lowest_seed": 0.5, "highest_seed": 0.75, "seeds": 3})
+    assert_percentiles(interval, literal_means(correct))
     low, high = wilson_interval(correct[0])
     single = {"accuracy": 0.5, "accuracy_low": low, "accuracy_high": high, "seeds": 1}
+    single |= {"lowest_seed": 0.5, "highest_seed": 0.5}
     assert over_seeds(correct[0]) == over_seeds(correct[:1]) == pytest.approx(single)
 
 

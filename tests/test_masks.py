@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
 from safetensors.torch import load, save
 from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
@@ -16,10 +17,12 @@ from nbhelpers.masks import (
     cubic_sparsity,
     pack,
     select_blocks,
+    select_structures,
     sparsity_of,
     unpack,
 )
-from nbhelpers.models import prunable_weights
+from nbhelpers.models import prunable_weights, structures
+from nbhelpers.selection import select, select_within_bounds
 
 TINY = {"n_embd": 4, "n_layer": 1, "n_head": 2, "vocab_size": 10, "n_positions": 8, "pad_token_id": 0}
 TINY |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False, "initializer_range": 0.3}
@@ -170,6 +173,44 @@ def test_a_gradual_keeper_follows_the_schedule_and_the_weights():
     keeper.finish()
 
 
+CHOOSERS = {
+    "weights": lambda model: select,
+    "bounded": lambda model: select_within_bounds,
+    "blocks": lambda model: lambda scores, sparsity: select_blocks(scores, model, sparsity),
+    "structures": lambda model: lambda scores, sparsity: select_structures(scores, structures(model), sparsity),
+}
+
+
+@pytest.mark.parametrize("pattern", CHOOSERS)
+@pytest.mark.parametrize("seed", [1, 3])  # with which a gone head would come back instead of two neurons
+def test_what_gradual_pruning_has_removed_stays_gone_whatever_later_scores_say(pattern, seed):
+    model, generator = tiny_model(), torch.Generator().manual_seed(seed)
+    weights = prunable_weights(model)
+
+    def anew():
+        """Scores that forget the earlier ones, of another scale for each matrix."""
+        scales = (1 + 3 * torch.rand(len(weights), generator=generator)).tolist()
+        return {
+            n: a * torch.rand(w.shape, generator=generator) for a, (n, w) in zip(scales, weights.items(), strict=True)
+        }
+
+    options = {"steps": 30, "first": 0.3, "choose": CHOOSERS[pattern](model)}
+    keeper = GradualKeeper(model, anew, 0.75, **options)
+    for _ in range(32):
+        before, done = keeper.masks, keeper.step
+        keeper.apply()
+        assert not any((mask & ~before[name]).any() for name, mask in keeper.masks.items())
+        if pattern == "structures":
+            # As near as whole structures allow: half a head has 4 % of the weights.
+            assert abs(sparsity_of(keeper.masks) - cubic_sparsity(0.75, done / 30, 0.3)) < 0.05
+        else:
+            size = 4 if pattern == "blocks" else 1
+            total = sum(mask.numel() for mask in before.values()) // size
+            gone = sum(int((~mask).sum()) for mask in keeper.masks.values())
+            assert gone == size * round(cubic_sparsity(0.75, done / 30, 0.3) * total)
+    keeper.finish()
+
+
 # --- files ---
 
 
@@ -208,3 +249,15 @@ def test_blocks_are_dropped_whole_by_their_mean_score(toy_model, sparsity):
     assert not kept.any() or kept.all() or mean[~kept].max() <= mean[kept].min()
     with pytest.raises(ValueError, match=r"the inputs of .* must be a multiple of 3 \(got 8\)"):
         select_blocks(scores, toy_model, sparsity, size=3)
+
+
+@pytest.mark.parametrize("pattern", ["blocks", "structures"])
+def test_scores_of_minus_infinity_go_first(toy_model, pattern):
+    choose, generator = CHOOSERS[pattern](toy_model), torch.Generator().manual_seed(0)
+    scores = {n: torch.rand(w.shape, generator=generator) for n, w in prunable_weights(toy_model).items()}
+    gone = choose({n: torch.rand(s.shape, generator=generator) for n, s in scores.items()}, 0.3)
+    for sparsity in (sparsity_of(gone), 0.6):
+        found = choose({n: s.masked_fill(~gone[n], -torch.inf) for n, s in scores.items()}, sparsity)
+        expected = choose({n: s - 100.0 * ~gone[n] for n, s in scores.items()}, sparsity)
+        assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+        assert not any((found[name] & ~mask).any() for name, mask in gone.items())

@@ -107,16 +107,6 @@ def test_a_student_takes_evenly_spaced_blocks_the_first_and_the_last_among_them(
     assert all(torch.equal(student.state_dict()[name], value) for name, value in outside.items())
 
 
-def test_a_random_student_shares_no_weight_with_the_teacher_and_follows_its_seed():
-    teacher = tiny_gpt2()
-    student, same, other = (create_student(teacher, 1, seed, from_teacher=False) for seed in (1, 1, 2))
-    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), same.parameters(), strict=True))
-    weights, others = prunable_weights(student), prunable_weights(other)
-    for name, weight in weights.items():
-        assert not torch.equal(weight, prunable_weights(teacher)[name])
-        assert not torch.equal(weight, others[name])
-
-
 @pytest.mark.parametrize("layers", [0, 3])
 def test_a_student_of_more_layers_than_the_teacher_or_none_is_refused(layers):
     with pytest.raises(ModelError, match=rf"`layers` must be from 1 to the 2 of the teacher \(got {layers}\)"):

@@ -5,7 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from nbhelpers.profiles import KINDS, PROFILES, TYPES, ProfileError, get_profile, overrides_of, parse_overrides
+from nbhelpers.profiles import (
+    KINDS,
+    PROFILES,
+    PRUNERS,
+    RESCORED,
+    TYPES,
+    ProfileError,
+    get_profile,
+    overrides_of,
+    parse_overrides,
+)
+
+SCORES = ("magnitude", "movement", "gradient", "merged", "taylor")
 
 
 def test_profiles_of_the_design_exist_and_quick_is_the_shipped_model():
@@ -34,7 +46,10 @@ def test_gpt2_has_the_recipe_of_the_source_work():
         ("seeds", "3", 3),
         ("recovery_learning_rates", "1e-4,0.001", (1e-4, 1e-3)),
         ("recovery_learning_rates", "5e-4", (5e-4,)),
-        ("comparator_sparsities", "0.5,0.9", (0.5, 0.9)),
+        ("recovery_epochs", "2", 2.0),
+        ("comparators", "wanda, sparsegpt", ("wanda", "sparsegpt")),
+        ("comparators", "", ()),
+        ("budget_steps", "", ()),
         ("data", "my reviews.csv", "my reviews.csv"),
     ],
 )
@@ -51,7 +66,8 @@ WRONG = {
     float: ("much", "", "0.1,0.2", "nan", "-1", "-inf", None, True, (0.5,)),
     str: ("", "  ", "a\0b", "two\nlines", "caf\udce9", None, 3, Path("x")),
     tuple[float, ...]: (",x", "0.5;0.9", "0.5 0.9", "nan", "-0.1", "0.5,0.5", None, 0.5, [None], [True]),
-    tuple[int, ...]: ("", "1.5", "x", "0", "-1", "1,1", None, 1, [2.0]),
+    tuple[int, ...]: ("1.5", "x", "0", "-1", "1,1", None, 1, [2.0]),
+    tuple[str, ...]: ("nonsense", "taylor,taylor", "Taylor", None, 3, [None], [True]),
 }
 
 
@@ -74,6 +90,13 @@ def test_every_field_refuses_what_is_not_of_its_kind(field):
         ("sparsities", "0.9,0", "a sparsity above 0 and below 1 (got (0.9, 0.0))"),
         ("sparsities", "", "numbers separated by commas, at least one (got ())"),
         ("student_layers", "0", "whole numbers of at least 1 (got (0,))"),
+        ("student_layers", "", "whole numbers separated by commas, at least one (got ())"),
+        ("budget_steps", "9,0", "a whole number of at least 1 (got (9, 0))"),
+        ("recovery_epochs", "0", "a positive number (got 0.0)"),
+        ("comparators", "wanda,obd", f"of {', '.join(PRUNERS)} (got ('wanda', 'obd'))"),
+        ("scores", (*SCORES, "wanda"), f"of {', '.join(RESCORED)} (got {(*SCORES, 'wanda')})"),
+        ("scores", "", "names separated by commas, at least one (got ())"),
+        ("scores", SCORES[1:], f"a list with {', '.join(SCORES)} (got {SCORES[1:]})"),
         ("temperatures", "2,2", "distinct values (got (2.0, 2.0))"),
         ("precision", "int8", "auto, no or bf16 (got 'int8')"),
         ("data", "", "a name or path, in UTF-8 (got '')"),
@@ -87,9 +110,11 @@ def test_an_error_says_what_is_expected_and_what_was_found(field, value, expecte
     assert str(error.value) == f"`{named}` must be {expected}"
 
 
-def test_every_field_has_a_kind_in_words_and_comparators_may_have_no_sparsity():
+def test_every_field_has_a_kind_in_words_and_scores_may_be_more_than_the_five():
     assert set(TYPES.values()) == set(KINDS)
-    assert get_profile("smoke", comparator_sparsities="").comparator_sparsities == ()
+    more = ("random", *reversed(SCORES), "merged_with_taylor")
+    assert get_profile("smoke", scores=",".join(more)).scores == more
+    assert set(RESCORED) == set(PRUNERS) - {"fisher", "movement_first_order", "wanda", "sparsegpt"}
 
 
 def test_unknown_names_are_refused_with_what_there_is():

@@ -12,7 +12,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from nbhelpers.criteria import flag_below
-from nbhelpers.selection import select, threshold
+from nbhelpers.selection import select, select_within_bounds, threshold
 
 # What hypothesis keeps between runs goes where all other test output goes.
 set_hypothesis_home_dir(Path(os.environ["NBHELPERS_ROOT"], ".hypothesis"))
@@ -114,9 +114,37 @@ def test_a_nan_of_any_sign_and_payload_is_refused(scores, payload, sign):
     assume(len(flat(scores)))
     bits = np.array([sign << 31 | 0x7F800000 | payload], np.uint32)
     scores = scores | {"nan": torch.from_numpy(bits.view(np.float32))}
-    for call in (lambda: select(scores, 0.5), lambda: select(scores, 0.5, "layer"), lambda: threshold(scores, 1.0)):
+    calls = [lambda: select(scores, 0.5), lambda: select(scores, 0.5, "layer"), lambda: threshold(scores, 1.0)]
+    for call in (*calls, lambda: select_within_bounds(scores, 0.5)):
         with pytest.raises(ValueError, match="the scores of nan are not all numbers"):
             call()
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.65, 0.9, 0.95])
+def test_within_bounds_no_matrix_keeps_less_than_a_quarter_or_more_than_four_times_the_average(sparsity):
+    generator = torch.Generator().manual_seed(0)
+    # Of scales so different that a global threshold empties one matrix and leaves another whole.
+    scales, shapes = {"a": 1.0, "b": 1e-3, "c": 1e3}, {"a": (30, 40), "b": (25, 40), "c": (21, 5)}
+    scores = {n: scales[n] * (1 + torch.rand(shape, generator=generator)) for n, shape in shapes.items()}
+    before = {name: score.clone() for name, score in scores.items()}
+    shares = {name: mask.double().mean() for name, mask in select(scores, sparsity).items()}
+    assert shares["c"] == 1 and (sparsity < 0.5 or shares["b"] == 0)
+    masks = select_within_bounds(scores, sparsity)
+    assert int((flat(masks) == 0).sum()) == round(sparsity * 2305)
+    for name, mask in masks.items():
+        average = (1 - sparsity) * mask.numel()
+        # 1 - 0.9 is not quite 0.1 in binary.
+        assert average / 4 - 1e-9 <= int(mask.sum()) <= 4 * average + 1e-9, name
+        assert not mask.any() or mask.all() or scores[name][~mask].max() <= scores[name][mask].min()
+        assert torch.equal(scores[name], before[name])
+    assert int(masks["c"].sum()) == min(105, int(4 * (1 - sparsity) * 105)), "the highest scores keep what they may"
+
+
+def test_bounds_that_no_matrix_reaches_change_nothing():
+    generator = torch.Generator().manual_seed(0)
+    scores = {name: torch.rand(40, 50, generator=generator) for name in "abc"}
+    masks = select_within_bounds(scores, 0.8)
+    assert all(torch.equal(masks[name], mask) for name, mask in select(scores, 0.8).items())
 
 
 def test_an_impossible_sparsity_or_scope_is_refused():

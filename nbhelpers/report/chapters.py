@@ -70,14 +70,13 @@ STAGES = {
             "How many weights can go, who chooses best, and what does recovery bring back?",
             needs=("pretrained", "fine_tuned", "calibration", "scores_*"),
             figures=names(
-                "five_by_five pruned comparators who_paid scopes sensitivity recovered recovery_worth ways "
-                "against_control",
+                "five_by_five pruned comparators who_paid scopes sensitivity recovered parts budget against_control",
                 prefix="03_",
             ),
-            tables=("scopes", "sensitivity", "recovery_rates", "curves", "recovery_ways", "recovery_significance"),
+            tables=names("scopes sensitivity recovery_rates curves recovery_parts budget recovery_significance"),
             metrics=names(
-                "sparsity seeds dense_accuracy control_accuracy best_criterion best_comparator best_accuracy "
-                "best_before_recovery recovered ways comparators rates revived",
+                "sparsity seeds steps dense_accuracy control_accuracy best_criterion best_accuracy "
+                "best_before_recovery recovered parts right_after_pruning rates revived",
                 prefix="pruning.",
             ),
         ),
@@ -101,8 +100,8 @@ STAGES = {
             figures=names("softened scan learning_curves accuracy speed compressed", prefix="05_"),
             tables=names("distillation_scan students student_int8 student_speed compression compressed_speed"),
             metrics=names(
-                "alpha temperature teacher_accuracy best_student best_accuracy soft_targets_worth_points "
-                "teacher_layers_worth_points speedup compressed",
+                "alpha temperature teacher_accuracy best_student best_accuracy soft_targets_points over_direct_points "
+                "speedup compressed",
                 prefix="distillation.",
             ),
         ),
@@ -124,7 +123,7 @@ STAGES = {
                 prefix="comparison.",
             )
             + names(
-                "seeds leaders own merge comparator recovery control kept further compressed",
+                "seeds leaders own merge comparator recovery control kept further budget compressed",
                 prefix="finding.",
             ),
             gaps=("forgotten.learned", "forgotten_associations"),

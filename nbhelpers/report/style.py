@@ -69,6 +69,7 @@ plt.rcParams |= {
 
 ALIASES = {
     "numba": "sparse",
+    "structured": "compact",
     "fine": "dense",
     "extra": "control",
     "tf-idf": "baseline",

@@ -41,6 +41,7 @@ def finding_text(found: dict) -> str:
     further = "".join(
         f"; {row['sparsity']:.0%} ({label(row['best'])}) {points(row)}: {verdict(row)}" for row in found["further"]
     )
+    lengths = "; ".join(f"after {row['steps']:,} steps {points(row)}" for row in found["budget"])
     return "\n".join(
         [
             "Everything was chosen on validation reviews; every difference below is taken on the same "
@@ -50,13 +51,15 @@ def finding_text(found: dict) -> str:
             f"{leaders}. Significant leads: {len(leads)} of {len(found['leaders'])}.",
             f"- **Do the three criteria together beat the best of them?** At {share}, the merge against {single}: "
             f"{points(found['merge'])}: {verdict(found['merge'])}.",
-            f"- **And what the literature offers?** {comparator.capitalize()}, its best score right after pruning, "
-            f"against {own}: {points(found['comparator'])}: {verdict(found['comparator'])}.",
-            f"- **What recovery is worth.** {best.capitalize()} at {share} (validation): {recovery['before']:.1%} "
+            f"- **And a score of the literature?** {comparator.capitalize()} against {own}: "
+            f"{points(found['comparator'])}: {verdict(found['comparator'])}.",
+            f"- **What recovery brings back.** {best.capitalize()} at {share} (validation): {recovery['before']:.1%} "
             f"right after pruning, {recovery['after']:.1%} after recovery.",
             f"- **What the dense control says.** The same extra steps change the dense model ({dense:.1%}) by "
-            f"{points(found['control'])}. Against that control, removing {share} of the block weights is worth "
-            f"{points(found['kept'])}: {verdict(found['kept'])}{further}.",
+            f"{points(found['control'])}. Compared with that control, removing {share} of the block weights changes "
+            f"accuracy by {points(found['kept'])}: {verdict(found['kept'])}{further}.",
+            f"- **How many steps it takes.** {best.capitalize()} at {share} against the control with as many steps: "
+            f"{lengths}.",
             f"- **Everything at once.** {layers}, {small['encoder_sparsity']:.0%} of the block weights removed, a "
             f"low-rank embedding, int8: {small['speedup']:.1f} times as fast as the fine-tuned model, its file "
             f"{small['times_smaller']:.0f} times smaller ({small['file_bytes'] / 1e6:.2f} MB), at {points(small)} to "
@@ -69,7 +72,7 @@ def finding_text(found: dict) -> str:
 
 LEGEND = (
     "Accuracy with its 95 % interval. Active parameters are non-zero block weights plus all others; sparsity is a "
-    "share of the block weights. Speed-up and p (McNemar's exact test) are against the fine-tuned dense model."
+    "share of the block weights. Speed-up and p (exact paired test) are against the fine-tuned dense model."
 )
 PACKED = "Against packed: the speed against the dense model without padding and without tokens that nobody reads."
 # The models of the headline: the key in results.json, and what the page calls them.

@@ -6,14 +6,17 @@ import json
 import numpy as np
 import pandas as pd
 import torch
+from scipy.sparse import vstack
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import Pipeline, make_pipeline
+from torch import nn
 
 from nbhelpers.study.choices import decide, read_choice
 from nbhelpers.study.inputs import reviews_fingerprint, reviews_of
 from nbhelpers.study.predictions import check_declared
+from nbhelpers.study.teacher import teacher_logits
 from nbhelpers.system.progress import progress
 from nbhelpers.workspace import Run, WorkspaceError, save_tensors
 
@@ -68,33 +71,83 @@ def tune_tfidf(run: Run) -> pd.Series:
     return decide(run, "tfidf", pd.DataFrame(rows), made_by="01")
 
 
+def teacher_labels(run: Run) -> np.ndarray:
+    """Return P(positive) [n] that the fine-tuned model gives the training reviews."""
+    last = torch.stack([logits[-1] for logits in teacher_logits(run)]).float()
+    return last.softmax(-1)[:, 1].numpy()
+
+
+def fit_to_probabilities(pipeline: Pipeline, texts: list[str], positive: np.ndarray) -> Pipeline:
+    """Fit a pipeline of a vectorizer and logistic regression to P(positive) [n] instead of labels.
+
+    Each review counts twice, as positive with this weight and as negative with the rest: the same as cross-entropy
+    with soft labels.
+    """
+    features = pipeline[0].fit_transform(texts)
+    labels, weights = np.repeat([1, 0], len(texts)), np.concatenate([positive, 1 - positive])
+    pipeline[1].fit(vstack([features, features]), labels, sample_weight=weights)
+    return pipeline
+
+
 @functools.lru_cache(maxsize=4)
-def fit_tfidf(run: Run) -> Pipeline:
-    """Tune TF-IDF and logistic regression, and fit them on the training reviews of a run, once per process."""
+def fit_tfidf(run: Run, taught: bool = False) -> Pipeline:
+    """Tune TF-IDF and logistic regression, and fit them on the training reviews of a run, once per process.
+
+    taught: fit them to the fine-tuned model's probabilities instead of the labels.
+    """
     part = reviews_of(run.profile, run.seed)["train"]
     with progress(None, "fitting TF-IDF with logistic regression"):
         tune_tfidf(run)
         chosen = read_choice(run, "tfidf")
         pipeline = make_pipeline(make_vectorizer(chosen["words"]), make_classifier(chosen["c"]))
+        if taught:
+            return fit_to_probabilities(pipeline, part["text"][:], teacher_labels(run))
         return pipeline.fit(part["text"][:], part["label"][:])
 
 
-def tfidf_logits(run: Run, split: str) -> np.ndarray:
-    """Artefact ``logits_tfidf_<split>``: log-probabilities [n, 2] of TF-IDF on a split, computed once.
+COUNTING = ("tfidf", "tfidf_taught")  # models that count words: with the labels, and taught by the fine-tuned model
 
-    On "test" only where ``predictions.open_test`` has declared "tfidf".
+
+def tfidf_logits(run: Run, split: str, name: str = "tfidf") -> np.ndarray:
+    """Artefact ``logits_<name>_<split>``: log-probabilities [n, 2] of a model of ``COUNTING``, computed once.
+
+    On "test" only where ``predictions.open_test`` has declared it.
     """
-    check_declared(run, "tfidf", split)
+    check_declared(run, name, split)
+    taught = name == "tfidf_taught"
 
     def build(target):
-        logits = fit_tfidf(run).predict_log_proba(reviews_of(run.profile, run.seed)[split]["text"][:])
+        logits = fit_tfidf(run, taught).predict_log_proba(reviews_of(run.profile, run.seed)[split]["text"][:])
         save_tensors(target.folder, {"logits": torch.from_numpy(logits)})
 
     settings = {part: reviews_fingerprint(run, part) for part in ("train", split)}
-    run.cached(f"logits_tfidf_{split}", settings, build, made_by="01")
-    return run.load_tensors(f"logits_tfidf_{split}")["logits"].numpy()
+    inputs = ("teacher_logits",) if taught else ()
+    if taught:
+        teacher_logits(run)
+    run.cached(f"logits_{name}_{split}", settings, build, inputs, made_by="01")
+    return run.load_tensors(f"logits_{name}_{split}")["logits"].numpy()
 
 
-def tfidf_right(run: Run, split: str) -> np.ndarray:
-    """Return which reviews of a split TF-IDF gets right: bool [n]."""
-    return tfidf_logits(run, split).argmax(1) == np.array(reviews_of(run.profile, run.seed)[split]["label"][:])
+def tfidf_right(run: Run, split: str, name: str = "tfidf") -> np.ndarray:
+    """Return which reviews of a split a model of ``COUNTING`` gets right: bool [n]."""
+    return tfidf_logits(run, split, name).argmax(1) == np.array(reviews_of(run.profile, run.seed)[split]["label"][:])
+
+
+class CountingModel(nn.Module):
+    """TF-IDF with logistic regression as a module, to be timed beside others: it reads texts, not token ids."""
+
+    def __init__(self, pipeline: Pipeline, texts: list[str]):
+        super().__init__()
+        self.pipeline, self.texts = pipeline, texts
+        vectorizer, classifier = pipeline[0], pipeline[1]
+        self.register_buffer("weights", torch.from_numpy(classifier.coef_[0]).float())
+        self.register_buffer("idf", torch.from_numpy(vectorizer.idf_).float())
+
+    def forward(self, **batch) -> np.ndarray:
+        """Return P(class) [texts, 2] of its texts."""
+        return self.pipeline.predict_proba(self.texts)
+
+    def file_bytes(self) -> int:
+        """Return the bytes of a file with its words, their weights in float32 and their document frequencies."""
+        words = self.pipeline[0].get_feature_names_out()
+        return sum(len(word.encode()) + 1 for word in words) + 8 * len(words)

@@ -11,25 +11,28 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from nbhelpers.study.choices import best_comparator, best_score, distillation_scales
-from nbhelpers.study.comparison import LINES, open_test_part, recovered_names
-from nbhelpers.study.conversion import block_model, compact_model, structured_sparsities
+from nbhelpers.profiles import Profile
+from nbhelpers.study.choices import best_score, distillation_scales
+from nbhelpers.study.comparison import LINES, open_test_part
+from nbhelpers.study.conversion import block_model
 from nbhelpers.study.fine_tuning import finetune_model
 from nbhelpers.study.inputs import runs_of
 from nbhelpers.study.predictions import answers_right, split_logits
-from nbhelpers.study.pruning import (
-    PRUNERS,
-    choose_comparator,
+from nbhelpers.study.pruning import pruned_logits, pruners
+from nbhelpers.study.recovery import (
+    ARMS,
+    PARTS,
     choose_score,
-    pruned_logits,
+    extend_arm,
     recover_all,
     recover_model,
-    recover_otherwise,
+    recovered_names,
     recoveries,
-    scan_recovery_rates,
+    scan_rates,
+    structured_sparsities,
     train_control,
 )
-from nbhelpers.study.scoring import SCORES, build_scores, scores_of
+from nbhelpers.study.scoring import build_scores, scores_of
 from nbhelpers.study.students import (
     choose_compressed,
     compress_all,
@@ -48,32 +51,27 @@ from nbhelpers.workspace import Run, WorkspaceError
 # --- what a cell computes, where it is more than one call ---
 
 
+def scores_in(profile: Profile) -> tuple[str, ...]:
+    """Return all scores of a profile; SparseGPT is none."""
+    return tuple(name for name in pruners(profile) if name != "sparsegpt")
+
+
 def score_seed(seed_run: Run) -> None:
     """Make all scores of a seed, and what later cells share: the dense model's logits."""
-    build_scores(seed_run, SCORES)
+    build_scores(seed_run, scores_in(seed_run.profile))
     teacher_logits(seed_run)
     split_logits(seed_run, "fine_tuned", "validation")
 
 
-def recover_score(run: Run, seed_run: Run, criterion: str) -> None:
-    """Make all recoveries of one score and seed; which ones, the comparator of all seeds decides."""
-    sparsities = [s for c, s in recoveries(run.profile, best_comparator(run)) if c == criterion]
-    if sparsities:
-        scan_recovery_rates(seed_run, criterion)
-    for sparsity in sparsities:
-        recover_model(seed_run, criterion, sparsity)
+def recover_part(run: Run, seed_run: Run, part: str) -> None:
+    """Recover the best score at the main sparsity with a part of the recipe."""
+    recover_model(seed_run, best_score(run), run.profile.main_sparsity, part)
 
 
-def recover_best_otherwise(run: Run, seed_run: Run, method: str) -> None:
-    """Recover the best score by another method, and evaluate it on validation."""
-    name = recover_otherwise(seed_run, method, best_score(run), run.profile.main_sparsity)
-    answers_right(seed_run, name, "validation")
-
-
-def compact(run: Run, sparsity: float) -> None:
-    """Make a model without whole heads and neurons, where they can be taken out of it."""
+def take_out(run: Run, sparsity: float) -> None:
+    """Recover the best score without whole heads and neurons, where they can be taken out."""
     if sparsity in structured_sparsities(run):
-        compact_model(run, best_score(run), sparsity)
+        recover_model(run, best_score(run), sparsity, "structured", "structures")
 
 
 def evaluate_recovered(run: Run, seed_run: Run, criterion: str) -> None:
@@ -109,26 +107,28 @@ def phases(run: Run, notebooks: set[str] | None = None) -> list[list[Cell]]:
     def of_seeds(word: str, notebook: str, function: Callable[[Run], object]) -> list[Cell]:
         return [Cell(f"{word}-{s.seed}", notebook, lambda s=s: function(s)) for s in seeds]
 
-    def of_scores(word: str, notebook: str, scores: tuple[str, ...], function: Callable) -> list[Cell]:
-        return [Cell(f"{word}-{s.seed}-{c}", notebook, lambda s=s, c=c: function(s, c)) for s in seeds for c in scores]
+    def of_scores(word: str, notebook: str, names: tuple[str, ...], function: Callable) -> list[Cell]:
+        return [Cell(f"{word}-{s.seed}-{c}", notebook, lambda s=s, c=c: function(s, c)) for s in seeds for c in names]
 
     every = [
         of_seeds("finetune", "01", finetune_model),
         of_seeds("score", "02", score_seed),
         [
-            *of_seeds("control", "03", train_control),
-            *of_scores("prune", "03", PRUNERS, pruned_logits),
+            *of_scores("rates", "03", ("pruned", "control"), scan_rates),
+            *of_scores("prune", "03", pruners(profile), pruned_logits),
             *(
                 Cell(f"scan-{first}-{a:g}-{t:g}", "05", lambda a=a, t=t: scan_student(run, a, t))
                 for a, t in scan_trials(profile)
             ),
         ],
+        [Cell("choose-distillation", "05", lambda: scan_distillation(run))],
         [
-            Cell("choose-comparator", "03", lambda: choose_comparator(run)),
-            Cell("choose-distillation", "05", lambda: scan_distillation(run)),
-        ],
-        [
-            *of_scores("recover", "03", SCORES, lambda s, c: recover_score(run, s, c)),
+            *of_seeds("control", "03", train_control),
+            *(
+                Cell(f"recover-{s.seed}-{c}-{share:g}", "03", lambda s=s, c=c, share=share: recover_model(s, c, share))
+                for s in seeds
+                for c, share in recoveries(profile)
+            ),
             *(
                 Cell(
                     f"student-{first}-{v}-{n}",
@@ -140,24 +140,31 @@ def phases(run: Run, notebooks: set[str] | None = None) -> list[list[Cell]]:
         ],
         [Cell("choose-score", "03", lambda: choose_score(run))],
         [
-            *of_scores("otherwise", "03", ("gradual", "taught"), lambda s, m: recover_best_otherwise(run, s, m)),
+            *of_scores(
+                "part", "03", [part for part in PARTS if part != "recovered"], lambda s, p: recover_part(run, s, p)
+            ),
             *(
-                Cell(f"structured-{first}-{share:g}", "04", lambda share=share: compact(run, share))
+                Cell(f"budget-{s.seed}-{arm}-{steps}", "03", lambda s=s, arm=arm, n=steps: extend_arm(run, s, arm, n))
+                for s in seeds
+                for arm in ARMS
+                for steps in profile.budget_steps
+            ),
+            *(
+                Cell(f"structured-{first}-{share:g}", "03", lambda share=share: take_out(run, share))
                 for share in profile.structured_sparsities
             ),
+            *(Cell(f"structured-{s.seed}", "03", lambda s=s: extend_arm(run, s, "structured", 0)) for s in seeds[1:]),
             Cell(f"blocks-{first}", "04", lambda: block_model(run, best_score(run), profile.main_sparsity)),
             *(
                 Cell(f"compress-{first}-{n}", "05", lambda n=n: compress_student(run, n))
                 for n in profile.student_layers
             ),
         ],
-        [
-            Cell("choose-compressed", "05", lambda: choose_compressed(run)),
-            Cell("open-test", "06", lambda: open_test_part(run)),
-        ],
+        [Cell("choose-compressed", "05", lambda: choose_compressed(run))],
+        [Cell("open-test", "06", lambda: open_test_part(run))],
         [
             *of_seeds("evaluate-dense", "06", evaluate_dense),
-            *of_scores("evaluate", "06", SCORES, lambda s, c: evaluate_recovered(run, s, c)),
+            *of_scores("evaluate", "06", profile.scores, lambda s, c: evaluate_recovered(run, s, c)),
         ],
     ]
     wanted = [[cell for cell in phase if notebooks is None or cell.notebook in notebooks] for phase in every]
@@ -185,7 +192,7 @@ def score_all(run: Run) -> pd.DataFrame:
     rows = []
     for seed_run in runs_of(run):
         score_seed(seed_run)
-        for name in SCORES:
+        for name in scores_in(run.profile):
             scores = scores_of(seed_run, name).values()
             rows.append((seed_run.seed, name, min(map(torch.min, scores)).item(), max(map(torch.max, scores)).item()))
     return pd.DataFrame(rows, columns=["seed", "score", "lowest", "highest"])

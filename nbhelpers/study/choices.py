@@ -35,21 +35,13 @@ def read_choice(run: Run, name: str) -> dict:
     return json.loads((run.folder(f"choice_{name}") / FILE).read_text(encoding="utf-8"))["chosen"]
 
 
-def best_comparator(run: Run) -> str:
-    """Return the comparator that was best right after pruning, over all seeds and sparsities."""
-    return read_choice(run, "comparator")["criterion"]
-
-
 def best_score(run: Run) -> str:
-    """Return the score that was best after recovery at the main sparsity, over all seeds.
-
-    Of the three criteria, their merge and the best comparator.
-    """
+    """Return the score that was best after recovery at the main sparsity, over all seeds."""
     return read_choice(run, "score")["criterion"]
 
 
 def recovery_rate(run: Run, name: str) -> float:
-    """Return the learning rate with which the pruning by a score, or the dense "control", recovered best."""
+    """Return the learning rate of recoveries, "pruned", or of the dense "control"."""
     return read_choice(run, f"rate_{name}")["learning_rate"]
 
 

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pandas as pd
+import torch
 
 from nbhelpers import criteria
 from nbhelpers.evaluation import (
     calibration_error,
     evaluate_model,
     holm,
-    mcnemar,
     over_seeds,
     paired_difference,
     reliability,
@@ -17,34 +17,58 @@ from nbhelpers.evaluation import (
 from nbhelpers.measurement import measure_inference_efficiency
 from nbhelpers.sparse import convert_to_sparse, count_actual_params
 from nbhelpers.study.artefacts import layer_count, model_bytes, model_name, training_effort
-from nbhelpers.study.baseline import tfidf_right
-from nbhelpers.study.choices import best_comparator, best_compressed, best_score
-from nbhelpers.study.conversion import converted_sparsities, int8_sources, structured_sparsities
-from nbhelpers.study.inputs import dataset, latency_batch
+from nbhelpers.study.baseline import COUNTING, CountingModel, fit_tfidf, tfidf_logits
+from nbhelpers.study.choices import best_compressed, best_score
+from nbhelpers.study.conversion import converted_sparsities, int8_sources
+from nbhelpers.study.inputs import dataset, latency_batch, latency_reviews, reviews_of
 from nbhelpers.study.predictions import answers_right, open_test, right_over_seeds, split_logits
-from nbhelpers.study.pruning import contenders, recoveries
+from nbhelpers.study.recovery import (
+    CONTROL,
+    SCANNED,
+    budget_lengths,
+    full_steps,
+    recovered_names,
+    structured_sparsities,
+    with_steps,
+)
 from nbhelpers.study.scoring import MAIN
 from nbhelpers.study.students import student_names
 from nbhelpers.workspace import Run
 
 COST = ["latency_ms", "latency_low_ms", "latency_high_ms", "speedup", "speedup_packed", "peak_memory_bytes"]
-PACKED = "packed"  # the dense model without padding and without tokens that nobody reads
-LINES = ("fine_tuned", "fine_tuned_extra")  # the dense model, and the same with the steps of a recovery
+PACKED = "_packed"  # ends the name of a model without padding and without tokens that nobody reads
+LINES = ("fine_tuned", CONTROL)  # the dense model, and the same with the steps of a recovery
+
+
+def packed_models(run: Run) -> list[str]:
+    """Return the dense models that are also timed packed: the fine-tuned one, and the students."""
+    return ["fine_tuned", *(f"student_distilled_{layers}" for layers in run.profile.student_layers)]
 
 
 def compared_models(run: Run) -> list[str]:
     """Return the models of the first seed that notebook 06 compares: those of 01, 03, 04 and 05, in this order."""
     main, best = run.profile.main_sparsity, best_score(run)
-    recovered = [model_name("recovered", c, main) for c in contenders(best_comparator(run))]
+    recovered = [model_name("recovered", c, main) for c in run.profile.scores]
     sparse = [model_name("sparse", best, sparsity) for sparsity in converted_sparsities(run.profile)]
     compact = [model_name("compact", best, sparsity) for sparsity in structured_sparsities(run)]
     int8 = [f"int8_{name}" for name in int8_sources(run, best)]
     return [*LINES, *recovered, *sparse, *compact, *int8, *student_names(run.profile)]
 
 
-def recovered_names(run: Run) -> dict[tuple[str, float], str]:
-    """Return the names of the recovered models by (criterion, sparsity)."""
-    return {(c, s): model_name("recovered", c, s) for c, s in recoveries(run.profile, best_comparator(run))}
+def rows_of(run: Run) -> list[str]:
+    """Return the rows of ``tables/comparison.csv``: ``compared_models``, some of them packed, and what counts words."""
+    return [*compared_models(run), *(name + PACKED for name in packed_models(run)), *COUNTING]
+
+
+def budget_names(run: Run) -> list[str]:
+    """Return the models of every seed that the budget curve compares on the test reviews: the best and the control."""
+    names = (recovered_names(run)[best_score(run), run.profile.main_sparsity], CONTROL)
+    return [with_steps(name, steps) for name in names for steps in budget_lengths(run) if steps]
+
+
+def of_every_seed(run: Run) -> list[str]:
+    """Return the models that every seed has."""
+    return [*LINES, *recovered_names(run).values(), *budget_names(run)]
 
 
 def open_test_part(run: Run) -> dict:
@@ -52,42 +76,64 @@ def open_test_part(run: Run) -> dict:
 
     Which these are was settled on validation; they need not all exist yet.
     """
-    every_seed = [*LINES, *recovered_names(run).values()]
-    return open_test(run, list(dict.fromkeys([*compared_models(run), *every_seed, "tfidf"])))
+    return open_test(run, list(dict.fromkeys([*compared_models(run), *of_every_seed(run), *COUNTING])))
+
+
+def load_row(run: Run, name: str) -> torch.nn.Module:
+    """Return the model of a row of the comparison."""
+    if name in COUNTING:
+        texts = reviews_of(run.profile, run.seed)["test"]["text"]
+        chosen = latency_reviews(run, run.profile.latency_batches[-1])
+        return CountingModel(fit_tfidf(run, name == "tfidf_taught"), [texts[i] for i in chosen])
+    if name.endswith(PACKED):
+        return convert_to_sparse(run.load_model(name.removesuffix(PACKED)), "dense")
+    return run.load_model(name)
+
+
+def row_logits(run: Run, name: str) -> np.ndarray:
+    """Return the test logits [n, 2] of a row of the comparison; packing changes none."""
+    return tfidf_logits(run, "test", name) if name in COUNTING else split_logits(run, name.removesuffix(PACKED), "test")
+
+
+def row_sizes(run: Run, name: str, model: torch.nn.Module) -> dict:
+    """Return parameters, sparsity, bytes and training effort of a row of the comparison."""
+    if name in COUNTING:
+        size = {"total": model.weights.numel(), "active": model.weights.numel(), "encoder_sparsity": 0.0}
+        file_bytes, steps, tokens = model.file_bytes(), 0, 0
+    else:
+        size, name = count_actual_params(model), name.removesuffix(PACKED)
+        file_bytes, (steps, tokens) = model_bytes(run, name), training_effort(run, name)
+    return {
+        "total_parameters": size["total"],
+        "active_parameters": size["active"],
+        "encoder_sparsity": size["encoder_sparsity"],
+        "file_bytes": file_bytes,
+        "train_steps": steps,
+        "train_tokens": tokens,
+    }
 
 
 def comparison_table(run: Run, names: list[str]) -> pd.DataFrame:
     """Return one row per model of the first seed; ``speedup`` and ``p_value`` are against the first.
 
     ``speedup_packed`` is against the first model packed, measured in the same turns; ``train_steps`` and
-    ``train_tokens`` are what a model was trained since the fine-tuned model.
+    ``train_tokens`` are what a model was trained since the fine-tuned model; ``p_value`` is that of
+    ``paired_difference`` on all seeds that both models have.
     """
-    labels = dataset(run, "test").labels
-    models = {name: run.load_model(name) for name in names}
+    labels, correct = dataset(run, "test").labels, answers_of_all(run, names)
+    models = {name: load_row(run, name) for name in names}
     batch = latency_batch(run, run.profile.latency_batches[-1])
-    timed = models | {PACKED: convert_to_sparse(models[names[0]], "dense")}
+    packed = names[0] + PACKED
+    timed = models if packed in models else models | {packed: load_row(run, packed)}
     cost = measure_inference_efficiency(timed, [batch], run.profile.latency_repeats).set_index("model")
-    cost["speedup_packed"] = cost.loc[PACKED, "latency_ms"] / cost["latency_ms"]
-    reference = answers_right(run, names[0], "test")
+    cost["speedup_packed"] = cost.loc[packed, "latency_ms"] / cost["latency_ms"]
     rows = []
     for name, model in models.items():
-        quality, size = evaluate_model(split_logits(run, name, "test"), labels), count_actual_params(model)
+        quality = evaluate_model(row_logits(run, name), labels)
         quality.pop("n")
-        steps, tokens = training_effort(run, name)
-        rows.append(
-            {
-                "model": name,
-                **quality,
-                "total_parameters": size["total"],
-                "active_parameters": size["active"],
-                "encoder_sparsity": size["encoder_sparsity"],
-                "file_bytes": model_bytes(run, name),
-                "train_steps": steps,
-                "train_tokens": tokens,
-                **cost.loc[name, COST].to_dict(),
-                "p_value": mcnemar(answers_right(run, name, "test"), reference),
-            }
-        )
+        p_value = paired_difference(correct[name], correct[names[0]])["p_value"]
+        sizes, times = row_sizes(run, name, model), cost.loc[name, COST].to_dict()
+        rows.append({"model": name, **quality, **sizes, **times, "p_value": p_value})
     return pd.DataFrame(rows)
 
 
@@ -115,19 +161,19 @@ def calibration_table(run: Run) -> pd.DataFrame:
 
 def answers_of_all(run: Run, names: list[str]) -> dict[str, np.ndarray]:
     """Return which test reviews each model gets right: bool [seeds, n], one seed where only the first has the model."""
-    every_seed = {*LINES, *recovered_names(run).values()}
+    every_seed = of_every_seed(run)
 
     def right(name: str) -> np.ndarray:
         if name in every_seed:
             return right_over_seeds(run, name, "test")
-        return (tfidf_right(run, "test") if name == "tfidf" else answers_right(run, name, "test"))[None]
+        return (row_logits(run, name).argmax(1) == dataset(run, "test").labels)[None]
 
     return {name: right(name) for name in names}
 
 
 def rival_scores(run: Run) -> list[tuple[str, float]]:
     """Return every other (criterion, sparsity) than the merge's, at the sparsities at which the merge is recovered."""
-    return [(c, s) for c, s in recovered_names(run) if c != "merged" and s in run.profile.recovery_sparsities]
+    return [(c, s) for c, s in recovered_names(run) if c != "merged"]
 
 
 def rivals(run: Run) -> list[tuple[str, str]]:
@@ -152,14 +198,15 @@ def find(run: Run) -> dict:
     """Return what the study found: everything chosen on validation, every difference taken on the test reviews.
 
     leaders: at each sparsity the score that was best on validation, and its difference to the second; merge: the merge
-    against the best single criterion; comparator: the best comparator against the best of the three and their merge
-    (own); recovery: of the best of all (best), accuracy on validation before and after; control: the dense model with
-    and without the extra steps; kept: the best against the control; further: the same at each higher sparsity, with
-    the score that leads there; compressed: the smallest model that validation accepted against the dense one.
+    against the best single criterion; comparator: Taylor against the best of the three and their merge (own); recovery:
+    of the best of all (best), accuracy on validation before and after; control: the dense model with and without the
+    extra steps; kept: the best against the control; further: the same at each higher sparsity, with the score that
+    leads there; budget: the best against the control after each number of steps; compressed: the smallest model that
+    validation accepted against the dense one.
     """
     curves, main = run.load_table("curves"), run.profile.main_sparsity
     mean = curves[curves["split"] == "validation"].groupby(["stage", "sparsity", "criterion"])["accuracy"].mean()
-    best, comparator = best_score(run), best_comparator(run)
+    best, comparator = best_score(run), SCANNED
     single, own = (mean["recovered", main][list(names)].idxmax() for names in (criteria.CRITERIA, MAIN))
     names, small = recovered_names(run), best_compressed(run)
 
@@ -168,28 +215,29 @@ def find(run: Run) -> dict:
 
     leaders = []
     for sparsity in run.profile.recovery_sparsities:
-        ranked = (
-            mean["recovered", sparsity][list(contenders(comparator))].sort_values(ascending=False, kind="stable").index
-        )
+        ranked = mean["recovered", sparsity][list(run.profile.scores)].sort_values(ascending=False, kind="stable").index
         first, second = (names[criterion, sparsity] for criterion in ranked[:2])
         row = {"sparsity": sparsity, "best": ranked[0], "second": ranked[1], **difference(first, second)}
         leaders.append(row | over_seeds(right_over_seeds(run, first, "test")))
     tests = {
         "merge": difference(names["merged", main], names[single, main]),
         "comparator": difference(names[comparator, main], names[own, main]),
-        "control": difference("fine_tuned_extra", "fine_tuned"),
-        "kept": difference(names[best, main], "fine_tuned_extra"),
+        "control": difference(CONTROL, "fine_tuned"),
+        "kept": difference(names[best, main], CONTROL),
         "compressed": paired_difference(*(answers_right(run, name, "test") for name in (small, "fine_tuned"))),
     }
     further = [
-        {"sparsity": row["sparsity"], "best": row["best"]}
-        | difference(names[row["best"], row["sparsity"]], "fine_tuned_extra")
+        {"sparsity": row["sparsity"], "best": row["best"]} | difference(names[row["best"], row["sparsity"]], CONTROL)
         for row in leaders
         if row["sparsity"] > main
     ]
-    for family in (leaders, [*tests.values(), *further]):
+    lengths = budget_lengths(run)
+    pairs = [(with_steps(names[best, main], steps), with_steps(CONTROL, steps)) for steps in lengths]
+    budget = [{"steps": n or full_steps(run)} | difference(*pair) for n, pair in zip(lengths, pairs, strict=True)]
+    budget.sort(key=lambda row: row["steps"])
+    for name, family in {"leaders": leaders, "finding": [*tests.values(), *further], "budget": budget}.items():
         for row, adjusted in zip(family, holm([row["p_value"] for row in family]), strict=True):
-            row["p_adjusted"] = adjusted
+            row |= {"family": name, "p_adjusted": adjusted}
     rows = run.load_table("comparison").set_index("model")
     smaller = rows.loc["fine_tuned", "file_bytes"] / rows.loc[small, "file_bytes"]
     tests["compressed"] |= {"layers": layer_count(run, small), "times_smaller": smaller}
@@ -205,6 +253,7 @@ def find(run: Run) -> dict:
         "leaders": leaders,
         **tests,
         "further": further,
+        "budget": budget,
         "recovery": {"before": mean["pruned", main, best], "after": mean["recovered", main, best]},
         "dense": over_seeds(right_over_seeds(run, "fine_tuned", "test")),
     }

@@ -4,16 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
-from nbhelpers import masks
-from nbhelpers.models import has_structures, load_config, structures
 from nbhelpers.profiles import Profile
 from nbhelpers.sparse import convert_to_sparse, engines_of, quantize, save_sparse
 from nbhelpers.study.artefacts import is_sparse, model_bytes, model_name
 from nbhelpers.study.predictions import split_logits, validation_accuracy
-from nbhelpers.study.pruning import recover_model
-from nbhelpers.study.scoring import scores_of
+from nbhelpers.study.recovery import recover_model, structured_sparsities
 from nbhelpers.workspace import Run
 
 
@@ -36,25 +32,14 @@ def sparsify(run: Run, criterion: str, sparsity: float, stage: str = "sparse", s
     return run.cached(model_name(stage, criterion, sparsity), settings, build, (dense,), kind="sparse", made_by="04")
 
 
-def structured_sparsities(run: Run) -> tuple[float, ...]:
-    """Return the sparsities at which whole heads and neurons are taken out: the profile's, or none without a GPT-2."""
-    return run.profile.structured_sparsities if has_structures(load_config(run.folder("fine_tuned"))) else ()
-
-
-def structured_masks(run: Run, criterion: str, sparsity: float) -> dict[str, torch.Tensor]:
-    """Return the masks of whole heads and neurons by a criterion's scores, nearest to a sparsity."""
-    scores = scores_of(run, criterion)
-    return masks.select_structures(scores, structures(run.load_model("fine_tuned")), sparsity)
-
-
 def compact_model(run: Run, criterion: str, sparsity: float) -> dict:
     """Artefacts ``structured_<criterion>_<percent>``, recovered, and ``compact_...``, the same with smaller matrices.
 
     Returns the row of ``recover_model``, with the compact model's name as ``model``.
     """
-    row = recover_model(run, criterion, sparsity, structured_masks(run, criterion, sparsity), "structured")
+    row = recover_model(run, criterion, sparsity, "structured", "structures")
     sparsify(run, criterion, sparsity, "compact", "structured")
-    return {"model": model_name("compact", criterion, sparsity), **row}
+    return row | {"model": model_name("compact", criterion, sparsity)}
 
 
 # --- eight bits ---
@@ -65,8 +50,7 @@ def block_model(run: Run, criterion: str, sparsity: float) -> dict:
 
     Returns the row of ``recover_model``.
     """
-    chosen = masks.select_blocks(scores_of(run, criterion), run.load_model("fine_tuned"), sparsity)
-    return recover_model(run, criterion, sparsity, chosen, "blocks")
+    return recover_model(run, criterion, sparsity, "blocks", "blocks")
 
 
 def to_int8(run: Run, name: str, made_by: str = "04") -> str:

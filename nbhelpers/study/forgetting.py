@@ -20,10 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from nbhelpers.evaluation import RESAMPLES, holm, wilson_interval
 from nbhelpers.models import ModelError, load_tokenizer
 from nbhelpers.study.artefacts import model_name
-from nbhelpers.study.choices import best_comparator
 from nbhelpers.study.comparison import LINES
 from nbhelpers.study.inputs import reviews_of, runs_of
-from nbhelpers.study.pruning import contenders, prune_model, pruned_masks
+from nbhelpers.study.pruning import prune_model, pruned_masks
 from nbhelpers.system.progress import track
 from nbhelpers.training import distributed
 from nbhelpers.workspace import Run
@@ -40,7 +39,7 @@ def unlearned(run: Run, count: int = 40) -> pd.DataFrame:
     On validation reviews and on text of another domain, ``count`` each, or as many as there are reviews;
     "pruned_..." has not been recovered.
     """
-    main, tokenizer, scores = run.profile.main_sparsity, load_tokenizer(run.profile), contenders(best_comparator(run))
+    main, tokenizer, scores = run.profile.main_sparsity, load_tokenizer(run.profile), run.profile.scores
     reviews = reviews_of(run.profile, run.seed)["validation"]["text"][:]
     count = min(count, len(reviews))
     texts = {"reviews": reviews[:: len(reviews) // count][:count], "other": other_domain_texts(count)}

@@ -45,8 +45,14 @@ def dataset(run: Run, split: str) -> IMDbDataset:
     return IMDbDataset(reviews_of(run.profile, run.seed)[split], load_tokenizer(run.profile), run.profile)
 
 
+def latency_reviews(run: Run, size: int) -> list[int]:
+    """Return the indices of the test reviews that are timed: evenly spaced over the lengths."""
+    rows = dataset(run, "test").input_ids
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    return [order[int((i + 0.5) * len(rows) / size)] for i in range(size)]
+
+
 def latency_batch(run: Run, size: int) -> dict[str, torch.Tensor]:
-    """Return a batch of real test reviews for timing: evenly spaced over the lengths, right-padded."""
-    rows = sorted(dataset(run, "test").input_ids, key=len)
-    chosen = [rows[int((i + 0.5) * len(rows) / size)] for i in range(size)]
-    return {"input_ids": pad(chosen, load_tokenizer(run.profile).pad_token_id)}
+    """Return a batch of ``latency_reviews``, right-padded."""
+    rows = dataset(run, "test").input_ids
+    return {"input_ids": pad([rows[i] for i in latency_reviews(run, size)], load_tokenizer(run.profile).pad_token_id)}

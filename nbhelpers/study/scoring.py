@@ -12,9 +12,7 @@ from nbhelpers.study.inputs import dataset, pick
 from nbhelpers.training.observers import calibrate
 from nbhelpers.workspace import Run, save_tensors
 
-# The three criteria and their merge; and with the comparators, all scores.
-MAIN = (*criteria.CRITERIA, "merged")
-SCORES = (*MAIN, *criteria.COMPARATORS)
+MAIN = (*criteria.CRITERIA, "merged")  # the three criteria and their merge
 
 
 def calibration_rows(run: Run, count: int) -> tuple[list[list[int]], list[int]]:
@@ -44,26 +42,16 @@ def statistics_of(run: Run) -> tuple[dict, dict]:
 
 
 def build_scores(run: Run, names: tuple[str, ...] = tuple(criteria.CRITERIA)) -> None:
-    """Artefacts ``scores_<name>``, one after the other, so that no two need be in memory at once.
-
-    names: of criteria and comparators, and ``merged``, the rank at which the three criteria agree.
-    """
-    registry = criteria.CRITERIA | criteria.COMPARATORS
+    """Artefacts ``scores_<name>``, of ``criteria.score``, one after the other, so that no two need be in memory."""
     calibrate_model(run)
     # Read once, and only if a score has to be computed.
     observed = functools.cache(lambda: statistics_of(run))
     for name in names:
-        if name == "merged":
-            build_scores(run)
-            inputs = tuple(f"scores_{criterion}" for criterion in criteria.CRITERIA)
-        else:
-            inputs = ("pretrained", "fine_tuned", "calibration")
 
         def build(target, name=name):
-            merge = name == "merged"
-            tensors = criteria.merge_scores(score_weights(run), "all") if merge else registry[name](*observed())
-            save_tensors(target.folder, tensors)
+            save_tensors(target.folder, criteria.score(name, *observed()))
 
+        inputs = ("pretrained", "fine_tuned", "calibration")
         run.cached(f"scores_{name}", {"criterion": name}, build, inputs, made_by="02")
 
 
@@ -74,5 +62,5 @@ def score_weights(run: Run, names: tuple[str, ...] = tuple(criteria.CRITERIA)) -
 
 
 def scores_of(run: Run, name: str) -> dict[str, torch.Tensor]:
-    """Return the scores of one criterion or comparator, or of ``merged``."""
+    """Return the scores of one criterion, comparator or merge."""
     return score_weights(run, (name,))[name]

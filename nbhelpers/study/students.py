@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import math
 import tempfile
 
 import pandas as pd
 import torch
 
-from nbhelpers import criteria, masks, selection
+from nbhelpers import criteria
 from nbhelpers.evaluation import evaluate_accuracy
 from nbhelpers.models import create_student, prunable_weights
 from nbhelpers.profiles import Profile
@@ -24,29 +25,30 @@ from nbhelpers.study.artefacts import (
 from nbhelpers.study.choices import decide, distillation_scales
 from nbhelpers.study.inputs import TRAIN_FIELDS, dataset, pick
 from nbhelpers.study.predictions import validation_accuracy, validator
+from nbhelpers.study.recovery import chooser, gradual_keeper
 from nbhelpers.study.scoring import calibration_rows
 from nbhelpers.study.teacher import teacher_data_and_loss
 from nbhelpers.training import recipe_for, train
-from nbhelpers.training.observers import calibrate
+from nbhelpers.training.observers import RunningGradient, calibrate
+from nbhelpers.training.rounding import RoundedModel
 from nbhelpers.workspace import Run
 
 TAUGHT_FIELDS = ("distill_batch_size", "prefix_share")
 
 
 def distil_student(
-    run: Run, name: str, layers: int, alpha: float, temperature: float, from_teacher: bool = True, steps: int = 0
+    run: Run, name: str, layers: int, alpha: float, temperature: float, start: str, epochs: int = 0, steps: int = 0
 ) -> pd.DataFrame:
     """Artefact ``student_<name>``: a shallower model trained on the labels and the teacher's logits.
 
-    alpha = 1 leaves the teacher out; steps = 0 trains for the profile's ``distill_epochs``. Returns the learning curve.
+    start: the model whose blocks it starts from; alpha = 1 leaves the teacher out; it is trained for so many epochs, or
+    steps. Returns the learning curve.
     """
 
     def build(target):
         data, loss = teacher_data_and_loss(run, alpha, temperature)
-        student = create_student(run.load_model("fine_tuned"), layers, run.seed, from_teacher)
-        recipe = recipe_for(run.profile, "distill")
-        if steps:
-            recipe = dataclasses.replace(recipe, steps=steps)
+        student = create_student(run.load_model(start), layers, run.seed)
+        recipe = dataclasses.replace(recipe_for(run.profile, "distill"), epochs=epochs, steps=steps or None)
         history = train(
             student,
             data,
@@ -59,12 +61,12 @@ def distil_student(
         )
         save_trained(student, history, target.folder)
 
-    settings = pick(run.profile, *TRAIN_FIELDS, "distill_epochs", "distill_learning_rate", *TAUGHT_FIELDS)
-    settings |= {"layers": layers, "alpha": alpha, "temperature": temperature, "from_teacher": from_teacher}
-    settings |= {"steps": steps, "seed": run.seed}
+    settings = pick(run.profile, *TRAIN_FIELDS, "distill_learning_rate", *TAUGHT_FIELDS)
+    settings |= {"layers": layers, "alpha": alpha, "temperature": temperature}
+    settings |= {"epochs": epochs, "steps": steps, "seed": run.seed}
     # The students of a scan are data, not models of the run: they are trained for a few steps only.
-    kind = "data" if steps else "dense"
-    run.cached(f"student_{name}", settings, build, ("fine_tuned",), kind=kind, made_by="05")
+    kind, inputs = "data" if steps else "dense", tuple(dict.fromkeys((start, "fine_tuned")))
+    run.cached(f"student_{name}", settings, build, inputs, kind=kind, made_by="05")
     return read_history(run, f"student_{name}")
 
 
@@ -76,7 +78,7 @@ def scan_trials(profile: Profile) -> list[tuple[float, float]]:
 def scan_student(run: Run, alpha: float, temperature: float) -> dict:
     """Train one short student of the scan; return its alpha, temperature and validation accuracy."""
     name, layers = f"scan_{alpha:g}_{temperature:g}".replace(".", "p"), run.profile.student_layers[0]
-    curve = distil_student(run, name, layers, alpha, temperature, steps=run.profile.scan_steps)
+    curve = distil_student(run, name, layers, alpha, temperature, "fine_tuned", steps=run.profile.scan_steps)
     return {"alpha": alpha, "temperature": temperature, "accuracy": curve["accuracy"].max()}
 
 
@@ -91,9 +93,13 @@ def scan_distillation(run: Run) -> pd.DataFrame:
 
 
 def student_variants(profile: Profile) -> list[tuple[str, int]]:
-    """Return which students a profile trains: the controls at the first depth only, a distilled one at every depth."""
+    """Return which students a profile trains: the controls at the first depth only, a distilled one at every depth.
+
+    "labels_only" has no teacher; "direct" starts from the *pretrained* blocks, also without a teacher, and is trained
+    for as long as a student and its compression together.
+    """
     first, *others = profile.student_layers
-    controls = [(variant, first) for variant in ("distilled", "labels_only", "distilled_random")]
+    controls = [(variant, first) for variant in ("distilled", "labels_only", "direct")]
     return controls + [("distilled", layers) for layers in others]
 
 
@@ -110,10 +116,13 @@ def student_names(profile: Profile) -> list[str]:
 
 def distil_variant(run: Run, variant: str, layers: int, alpha: float, temperature: float) -> dict:
     """Train one of ``student_variants``; return what it is, and its validation accuracy."""
-    alpha, from_teacher = 1.0 if variant == "labels_only" else alpha, variant != "distilled_random"
-    curve = distil_student(run, f"{variant}_{layers}", layers, alpha, temperature, from_teacher)
-    row = {"model": f"student_{variant}_{layers}", "layers": layers, "alpha": alpha, "from_teacher": from_teacher}
-    return row | {"temperature": temperature, "accuracy": curve["accuracy"].max()}
+    alpha, direct = alpha if variant == "distilled" else 1.0, variant == "direct"
+    epochs = run.profile.distill_epochs + direct * run.profile.compress_epochs
+    start = "pretrained" if direct else "fine_tuned"
+    curve = distil_student(run, f"{variant}_{layers}", layers, alpha, temperature, start, epochs)
+    row = {"model": f"student_{variant}_{layers}", "layers": layers, "start": start, "alpha": alpha}
+    row |= {"temperature": temperature, "steps": int(curve["steps"].iloc[-1])}
+    return row | {"accuracy": curve["accuracy"].max()}
 
 
 def distil_all(run: Run) -> pd.DataFrame:
@@ -123,15 +132,29 @@ def distil_all(run: Run) -> pd.DataFrame:
     return pd.DataFrame([distil_variant(run, *variant, *scales) for variant in student_variants(run.profile)])
 
 
+# --- everything at once ---
+
 ACCEPTED = 0.01  # of accuracy: what a small model may cost
 BEFORE = "before_int8.json"  # beside the compressed model: what it was before it was rounded
 
 
-def taylor_masks(run: Run, model, sparsity: float) -> dict[str, torch.Tensor]:
-    """Return masks by |w * g|, the score that asks for no training: a pass over some training reviews is enough."""
+def taylor_scores(run: Run, model) -> dict[str, torch.Tensor]:
+    """Return |w| * mean |gradient| of a model over some training reviews; no training is needed."""
     observed = calibrate(model, *calibration_rows(run, run.profile.calibration_reviews))
     weights = {name: weight.detach() for name, weight in prunable_weights(model).items()}
-    return selection.select(criteria.COMPARATORS["taylor"](weights, observed), sparsity)
+    return criteria.COMPARATORS["taylor"](weights, observed)
+
+
+def compression_keeper(run: Run, model, steps: int):
+    """Return the keeper that prunes a student to the main sparsity, by Taylor's scores, and the observer it needs."""
+    observed, start = RunningGradient(model), taylor_scores(run, model)
+    weights = {name: weight.detach() for name, weight in prunable_weights(model).items()}
+
+    def scores():
+        seen = {"calibration_gradient": observed.gradients}
+        return criteria.COMPARATORS["taylor"](weights, seen) if observed.gradients else start
+
+    return gradual_keeper(model, scores, run.profile.main_sparsity, steps, 0.0, chooser(model, "weights")), observed
 
 
 def sparse_bytes(model) -> int:
@@ -141,29 +164,32 @@ def sparse_bytes(model) -> int:
 
 
 def compress_student(run: Run, layers: int) -> pd.DataFrame:
-    """Artefact ``compressed_<layers>``: what is left when every means of these notebooks is used, one on the other.
+    """Artefact ``compressed_<layers>``: what is left when every means of these notebooks is used, one after the other.
 
-    The distilled student of so many layers loses the profile's ``main_sparsity`` of its block weights, and its token
-    embedding becomes one of rank ``embedding_rank``. So it learns from the labels and the teacher once more, for
-    ``compress_epochs``; then it is converted to sparse execution and rounded to int8. Returns one row per step: model,
-    layers, step, accuracy (validation), file_bytes.
+    The distilled student of so many layers gets a token embedding of rank ``embedding_rank`` and learns from the labels
+    and the teacher for ``compress_epochs`` more. Meanwhile its block weights are pruned to ``main_sparsity`` step by
+    step; once that is reached, it computes with weights in eight bits. Then it is converted to sparse execution and
+    rounded. Returns one row per step: model, layers, step, accuracy (validation), file_bytes.
     """
-    name, student, (alpha, temperature) = (
-        f"compressed_{layers}",
-        f"student_distilled_{layers}",
-        distillation_scales(run),
-    )
+    name, student = f"compressed_{layers}", f"student_distilled_{layers}"
+    alpha, temperature = distillation_scales(run)
 
     def build(target):
         model = on_device(run, student)
-        keeper = masks.MaskKeeper(model, taylor_masks(run, model, run.profile.main_sparsity))
+        data, taught = teacher_data_and_loss(run, alpha, temperature)
+        steps = run.profile.compress_epochs * math.ceil(len(data) / run.profile.distill_batch_size)
+        keeper, observed = compression_keeper(run, model, steps)
         factorize_embedding(model, run.profile.embedding_rank)
-        data, loss = teacher_data_and_loss(run, alpha, temperature)
-        options = {"mask_keeper": keeper, "validate": validator(run), "loss_function": loss}
-        options |= {"checkpoints": target.checkpoints(), "description": name.replace("_", " ")}
-        times = {"learning_rate": run.profile.compress_learning_rate, "epochs": run.profile.compress_epochs}
+
+        def loss(model, batch):
+            return taught(RoundedModel(model) if keeper.step > keeper.steps else model, batch)
+
+        times = {"learning_rate": run.profile.compress_learning_rate, "steps": steps}
         recipe = dataclasses.replace(recipe_for(run.profile, "distill"), **times)
+        options = {"mask_keeper": keeper, "observers": (observed,), "loss_function": loss}
+        options |= {"checkpoints": target.checkpoints(), "description": name.replace("_", " ")}
         history = train(model, data, recipe, seed=run.seed, **options)
+        keeper.finish()
         sparse = convert_to_sparse(model.cpu())
         accuracy = evaluate_accuracy(sparse, dataset(run, "validation"), **run.inference_options(sparse=True))
         before = ("pruned, low-rank embedding", accuracy, sparse_bytes(sparse))

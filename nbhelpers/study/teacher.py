@@ -31,8 +31,15 @@ def teacher_logits(run: Run) -> tuple[torch.Tensor, ...]:
     return run.load_tensors("teacher_logits")["logits"].split([len(row) for row in rows])
 
 
-def teacher_data_and_loss(run: Run, alpha: float, temperature: float) -> tuple[IMDbDataset, Callable]:
-    """Return the training reviews with the fine-tuned model's logits at every token, and the loss that uses them."""
+def teacher_data_and_loss(
+    run: Run, alpha: float, temperature: float, hidden: bool = False
+) -> tuple[IMDbDataset, Callable]:
+    """Return the training reviews with the fine-tuned model's logits at every token, and the loss that uses them.
+
+    hidden: use the fine-tuned model's hidden states as well, which it computes in each step.
+    """
     data = copy.copy(dataset(run, "train"))
     data.teacher_logits = teacher_logits(run)
-    return data, functools.partial(taught_loss, alpha=alpha, t=temperature, prefix_share=run.profile.prefix_share)
+    scales = {"alpha": alpha, "t": temperature, "prefix_share": run.profile.prefix_share}
+    teacher = on_device(run, "fine_tuned").eval() if hidden else None
+    return data, functools.partial(taught_loss, **scales, teacher=teacher)

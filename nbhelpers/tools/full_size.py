@@ -33,7 +33,7 @@ FEW_STEPS = {
     "epochs": "1",
     "sparsities": "0.9",
     "recovery_sparsities": "0.9",
-    "recovery_steps": "2",
+    "recovery_epochs": "0.5",
     "recovery_learning_rates": "5e-5",
     "structured_sparsities": "0.5",
     "distill_epochs": "1",

@@ -57,7 +57,7 @@ def recipe_for(profile: Profile, purpose: str) -> Recipe:
         )
     if purpose == "recover":
         rate = profile.recovery_learning_rates[0]
-        return Recipe(rate, profile.batch_size, steps=profile.recovery_steps, **shared)
+        return Recipe(rate, profile.batch_size, **shared)
     return Recipe(profile.distill_learning_rate, profile.distill_batch_size, profile.distill_epochs, **shared)
 
 
@@ -92,11 +92,20 @@ def make_accelerator(precision: str) -> Accelerator:
     return Accelerator(mixed_precision=precision)
 
 
-def token_logits(model: nn.Module, batch: dict) -> torch.Tensor:
-    """Return the logits [reviews, length, classes] of every token: the classification that each prefix would get."""
-    hidden = model(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states[-1]
+def hidden_states(model: nn.Module, batch: dict) -> tuple[torch.Tensor, ...]:
+    """Return the embeddings and the output of each block: [reviews, length, width] each."""
+    return model(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states
+
+
+def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits [reviews, length, classes] of the last hidden states, float32."""
     # Among several processes the model is wrapped; the head inside is the same.
     return getattr(model, "module", model).score(hidden).float()
+
+
+def token_logits(model: nn.Module, batch: dict) -> torch.Tensor:
+    """Return the logits [reviews, length, classes] of every token: the classification that each prefix would get."""
+    return head_logits(model, hidden_states(model, batch)[-1])
 
 
 def token_weights(lengths: torch.Tensor, width: int, prefix_share: float) -> torch.Tensor:

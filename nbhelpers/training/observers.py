@@ -62,31 +62,29 @@ class FirstOrderMovement(GradientMagnitude):
         return -weight.detach().float() * weight.grad.float()
 
 
-class RunningTaylor:
-    """Observer: a running mean of |w * dL/dw|, which says what each weight matters to the loss as the model is now.
+class RunningGradient:
+    """Observer: a running mean of |dL/dw|, of the batch gradient before clipping and before any mask.
 
-    ``scores`` are ``start`` until the first step; afterwards each step replaces a share of 1 - ``memory`` of them. A
-    weight that is zero has no score to come back with.
+    Each step replaces a share of 1 - ``memory`` of it; the first step sets it. ``gradients`` are {} before.
     """
 
-    def __init__(self, model: nn.Module, start: Tensors, memory: float = 0.9):
-        self.weights, self.scores, self.memory, self.steps = prunable_weights(model), dict(start), memory, 0
+    def __init__(self, model: nn.Module, memory: float = 0.9):
+        self.weights, self.gradients, self.memory = prunable_weights(model), {}, memory
 
     @torch.no_grad()
     def after_backward(self) -> None:
-        """Mix this step's |w * dL/dw| into the scores."""
-        share, self.steps = (1 - self.memory if self.steps else 1.0), self.steps + 1
+        """Mix this step's |dL/dw| into the mean."""
         for name, weight in self.weights.items():
-            self.scores[name] = torch.lerp(self.scores[name].to(weight), (weight * weight.grad).abs(), share)
+            now = weight.grad.float().abs()
+            self.gradients[name] = torch.lerp(self.gradients.get(name, now), now, 1 - self.memory)
 
     def state(self) -> Tensors:
-        """Return what a checkpoint stores: the number of steps, and the scores."""
-        return {"steps": torch.tensor(self.steps)} | {f"score.{name}": score for name, score in self.scores.items()}
+        """Return what a checkpoint stores: the mean."""
+        return dict(self.gradients)
 
     def load_state(self, tensors: Tensors) -> None:
         """Restore a ``state``."""
-        self.steps = int(tensors["steps"])
-        self.scores = {name: tensors[f"score.{name}"].to(weight) for name, weight in self.weights.items()}
+        self.gradients = {name: tensor.to(self.weights[name]) for name, tensor in tensors.items()}
 
 
 def calibrate(model: nn.Module, reviews: list[list[int]], labels: list[int], hessians: bool = False) -> dict:

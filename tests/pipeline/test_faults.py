@@ -13,7 +13,7 @@ from conftest import STUDY, fresh_accelerate
 from safetensors import SafetensorError
 
 from nbhelpers.profiles import get_profile
-from nbhelpers.study import conversion, fine_tuning, predictions, pruning, scoring
+from nbhelpers.study import conversion, fine_tuning, predictions, recovery, scoring
 from nbhelpers.workspace import open_run
 
 
@@ -60,8 +60,8 @@ def stages(run):
     return [
         lambda: fine_tuning.finetune_model(run),
         lambda: scoring.scores_of(run, "gradient"),
-        lambda: pruning.scan_recovery_rates(run, "gradient"),
-        lambda: pruning.recover_model(run, "gradient", 0.5),
+        lambda: recovery.scan_rates(run, "pruned"),
+        lambda: recovery.recover_model(run, "gradient", 0.5),
         lambda: conversion.sparsify(run, "gradient", 0.5),
         lambda: predictions.open_test(run, ["fine_tuned"]),
         lambda: predictions.split_logits(run, "fine_tuned", "test"),

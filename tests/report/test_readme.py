@@ -52,6 +52,7 @@ FINDING = {
     "control": difference(0.3, 0.6),
     "kept": difference(-3.0, 1e-5),
     "further": [{"sparsity": 0.95, "best": "movement_first_order"} | difference(-0.04, 0.7)],
+    "budget": [{"steps": 60} | difference(-5.0, 1e-6), {"steps": 1250} | difference(-3.0, 1e-5)],
     "compressed": {
         "layers": 1,
         "encoder_sparsity": 0.912,
@@ -92,13 +93,15 @@ def test_a_finding_in_words_worked_out_by_hand():
         "merged at 50% (87.1%; +1.2 points (+0.2 to +2.2, p = 0.02) to <wanda>), movement first order at 90% (87.1%;",
         "Significant leads: 1 of 2.",
         "At 90%, the merge against magnitude: +1.5 points (+0.5 to +2.5, p = 0.001): significantly better.",
-        "Movement first order, its best score right after pruning, against merged: -1.0 points (-2.0 to +0.0, p = 0.2)",
+        "a score of the literature?** Movement first order against merged: -1.0 points (-2.0 to +0.0, p = 0.2): no",
         "Merged at 90% (validation): 61.2% right after pruning, 84.3% after recovery.",
         "change the dense model (88.0%) by +0.3 points (-0.7 to +1.3, p = 0.6).",
         "1 layer left, 91% of the block weights removed, a low-rank embedding, int8: 12.0 times as fast as the",
         "25 times smaller (0.55 MB), at -0.6 points (-1.6 to +0.4, p = 0.3) to it, first seed: no significant",
-        "removing 90% of the block weights is worth -3.0 points (-4.0 to -2.0, p < 0.001): significantly worse; "
-        "95% (movement first order) +0.0 points (-1.0 to +1.0, p = 0.7): no significant difference.",
+        "removing 90% of the block weights changes accuracy by -3.0 points (-4.0 to -2.0, p < 0.001): significantly "
+        "worse; 95% (movement first order) +0.0 points (-1.0 to +1.0, p = 0.7): no significant difference.",
+        "Merged at 90% against the control with as many steps: after 60 steps -5.0 points (-6.0 to -4.0, p < 0.001); "
+        "after 1,250 steps -3.0 points (-4.0 to -2.0, p < 0.001).",
     ):
         assert piece in text
 

@@ -18,7 +18,7 @@ from nbhelpers import criteria
 from nbhelpers.models import MINI, check_model, prunable_weights
 from nbhelpers.profiles import get_profile
 from nbhelpers.sparse import convert_to_sparse, count_actual_params, save_sparse
-from nbhelpers.study import comparison, conversion, fine_tuning, pruning, students
+from nbhelpers.study import comparison, conversion, fine_tuning, recovery, students
 from nbhelpers.study.choices import best_score
 from nbhelpers.training.observers import GradientMagnitude, calibrate
 from nbhelpers.workspace import open_run
@@ -98,24 +98,25 @@ def llama_folder(tmp_path_factory):
 
 def test_a_llama_goes_through_every_stage(llama_folder, workspace, alone):
     fields = {"seeds": 1, "sparsities": (0.9,), "recovery_learning_rates": (1e-3,), "precision": "no"}
-    fields |= {"comparator_sparsities": ()}
+    fields |= {"comparators": ()}
     run = open_run(get_profile("smoke", model=str(llama_folder), **fields))
     check_model(run.profile)
     fine_tuning.finetune_model(run)
-    recovered = pruning.recover_all(run)
-    assert recovered["revived"].sum() == 0 and len(recovered) >= 3
+    recovered = recovery.recover_all(run)
+    assert recovered["revived"].sum() == 0 and len(recovered) == 5
     best = best_score(run)
-    pruning.recover_otherwise(run, "gradual", best, 0.9)
+    recovery.recover_in_parts(run)
+    assert "structured" not in set(recovery.budget_curve(run)["model"].str.partition("_")[0])
     conversion.sparsify(run, best, 0.9)
     students.distil_all(run)
     assert students.compress_all(run)["file_bytes"].is_monotonic_decreasing
-    assert conversion.structured_sparsities(run) == (), "heads and neurons are removed from a GPT-2 only"
+    assert recovery.structured_sparsities(run) == (), "heads and neurons are removed from a GPT-2 only"
     conversion.block_model(run, best, 0.9)
     assert conversion.int8_sources(run, best) == ["fine_tuned", f"blocks_{best}_90"]
     rounded = conversion.compare_int8(run, conversion.int8_sources(run, best))
     assert (rounded["largest_logit_difference"] > 0).all()
     comparison.open_test_part(run)
-    table = comparison.comparison_table(run, comparison.compared_models(run)).set_index("model")
+    table = comparison.comparison_table(run, comparison.rows_of(run)).set_index("model")
     sparse, masked = table.loc[f"sparse_{best}_90"], table.loc[f"recovered_{best}_90"]
     assert sparse["accuracy"] == masked["accuracy"]
     assert sparse["active_parameters"] == masked["active_parameters"] < table.loc["fine_tuned", "active_parameters"]

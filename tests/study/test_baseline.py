@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
+from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -69,15 +71,16 @@ def test_a_second_process_finds_the_trials(run, monkeypatch):
 
 
 def test_the_test_reviews_are_used_only_after_tfidf_was_registered(run):
-    with pytest.raises(WorkspaceError, match="tfidf is not registered for the test reviews"):
-        baseline.tfidf_logits(run, "test")
+    for name in ("tfidf", "tfidf_taught"):
+        with pytest.raises(WorkspaceError, match=rf"{name} is not registered for the test reviews"):
+            baseline.tfidf_logits(run, "test", name)
     predictions.open_test(run, ["tfidf"])
     assert baseline.tfidf_logits(run, "test").shape == (24, 2)
 
 
 def test_a_changed_constant_fits_it_anew_and_nothing_else_does(run, tmp_path, monkeypatch):
     fits, fit = [], baseline.fit_tfidf
-    monkeypatch.setattr(baseline, "fit_tfidf", lambda run: fits.append(run) or fit(run))
+    monkeypatch.setattr(baseline, "fit_tfidf", lambda run, taught: fits.append(run) or fit(run, taught))
 
     def ask():
         baseline.tfidf_logits(run, "validation")
@@ -93,3 +96,44 @@ def test_a_changed_constant_fits_it_anew_and_nothing_else_does(run, tmp_path, mo
         (copy / path.relative_to(PACKAGE)).write_text(changed, encoding="utf-8")
     monkeypatch.setattr(workspace_module, "code_fingerprint", lambda *names: code_fingerprint(*names, package=copy))
     assert (ask(), ask()) == (2, 2)
+
+
+# --- taught by the fine-tuned model ---
+
+
+def test_the_taught_one_minimises_the_cross_entropy_with_the_fine_tuned_models_probabilities(study, alone):
+    run, chosen = study.run, choices.read_choice(study.run, "tfidf")
+    texts, unseen = (inputs.reviews_of(run.profile, 0)[split]["text"][:] for split in ("train", "validation"))
+    vectorizer = TfidfVectorizer(ngram_range=(1, chosen["words"]), min_df=2, sublinear_tf=True)
+    features, positive = vectorizer.fit_transform(texts).toarray(), run.predict("fine_tuned", texts).astype(float)
+
+    def loss(parameters):
+        weights, scores = parameters[:-1], features @ parameters[:-1] + parameters[-1]
+        errors = expit(scores) - positive
+        value = (np.logaddexp(0, scores) - positive * scores).sum() + weights @ weights / (2 * chosen["c"])
+        return value, np.append(features.T @ errors + weights / chosen["c"], errors.sum())
+
+    best = minimize(loss, np.zeros(features.shape[1] + 1), jac=True, method="L-BFGS-B", options={"gtol": 1e-9}).x
+    expected = expit(vectorizer.transform(unseen) @ best[:-1] + best[-1])
+    found = predictions.probabilities(baseline.tfidf_logits(run, "validation", "tfidf_taught"))[:, 1]
+    # The teacher's logits are stored in float16, and scikit-learn stops at a gradient of 1e-4.
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert np.abs(found - predictions.probabilities(baseline.tfidf_logits(run, "validation"))[:, 1]).max() > 0.05
+
+
+def test_fitted_to_certain_probabilities_it_is_the_one_of_the_labels():
+    texts = ["good film", "bad film", "good cast", "bad plot", "good plot", "dull film", "dull cast", "good fun"] * 2
+    labels = np.array([1, 0, 1, 0, 1, 0, 0, 1] * 2)
+    pipelines = [make_pipeline(baseline.make_vectorizer(1), baseline.make_classifier(10.0)) for _ in range(2)]
+    taught = baseline.fit_to_probabilities(pipelines[0], texts, labels.astype(float)).predict_proba(texts)
+    # The same minimum from another sum: the solver stops at a gradient of 1e-4.
+    np.testing.assert_allclose(taught, pipelines[1].fit(texts, labels).predict_proba(texts), atol=1e-3)
+
+
+def test_the_file_of_a_counting_model_holds_its_words_weights_and_frequencies():
+    texts = ["caf\u00e9 film", "caf\u00e9 plot", "film plot"]
+    pipeline = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(texts, [0, 1, 1])
+    model = baseline.CountingModel(pipeline, texts[:2])
+    lines = "caf\u00e9\nfilm\nplot\n".encode()
+    assert model.file_bytes() == len(lines + model.weights.numpy().tobytes() + model.idf.numpy().tobytes()) == 16 + 24
+    np.testing.assert_array_equal(model(input_ids=None), pipeline.predict_proba(texts[:2]))

@@ -6,12 +6,12 @@ import pytest
 from conftest import STUDY, fresh_accelerate
 
 from nbhelpers.profiles import get_profile
-from nbhelpers.study import cells, comparison, conversion, fine_tuning, inputs, predictions, pruning, scoring, students
+from nbhelpers.study import cells, comparison, conversion, fine_tuning, inputs, pruning, recovery, scoring, students
 from nbhelpers.study.choices import best_score
 from nbhelpers.workspace import Run, WorkspaceError, open_run
 
 SETTINGS = STUDY | {"sparsities": "0.9", "recovery_sparsities": "0.9", "recovery_learning_rates": "1e-3"}
-SETTINGS |= {"train_size": "16", "recovery_steps": "1", "scan_steps": "1"}
+SETTINGS |= {"train_size": "16", "scan_steps": "1"}
 
 
 def open_small() -> Run:
@@ -26,20 +26,25 @@ def names(phases) -> list[list[str]]:
 
 
 def test_cells_and_phases_of_smoke():
-    scores = [(seed, c) for seed in (0, 1) for c in scoring.SCORES]
-    small = [f"student-0-{variant}-1" for variant in ("distilled", "labels_only", "distilled_random")]
-    ways = [f"otherwise-{seed}-{way}" for seed in (0, 1) for way in ("gradual", "taught")]
-    prunes = [f"prune-{seed}-{p}" for seed in (0, 1) for p in (*scoring.SCORES, "sparsegpt")]
+    five = ("magnitude", "movement", "gradient", "merged", "taylor")
+    scores = [f"{seed}-{score}" for seed in (0, 1) for score in five]
+    rates = [f"rates-{seed}-{name}" for seed in (0, 1) for name in ("pruned", "control")]
+    prunes = [f"prune-{seed}-{pruner}" for seed in (0, 1) for pruner in (*five, "wanda", "sparsegpt")]
+    small = [f"student-0-{variant}-{n}" for variant, n in students.student_variants(open_small().profile)]
+    parts = [f"part-{seed}-{part}" for seed in (0, 1) for part in ("labels", "taught", "hidden")]
+    arms = ("best", "merged", "structured", "control")
+    budget = [f"budget-{seed}-{arm}-1" for seed in (0, 1) for arm in arms]
     assert names(cells.phases(open_small())) == [
         ["finetune-0", "finetune-1"],
         ["score-0", "score-1"],
-        ["control-0", "control-1", *prunes, "scan-0-0.5-2"],
-        ["choose-comparator", "choose-distillation"],
-        [f"recover-{seed}-{c}" for seed, c in scores] + small,
+        [*rates, *prunes, "scan-0-0.5-2"],
+        ["choose-distillation"],
+        ["control-0", "control-1", *(f"recover-{score}-0.9" for score in scores), *small],
         ["choose-score"],
-        [*ways, "structured-0-0.5", "blocks-0", "compress-0-1"],
-        ["choose-compressed", "open-test"],
-        ["evaluate-dense-0", "evaluate-dense-1", *(f"evaluate-{seed}-{c}" for seed, c in scores)],
+        [*parts, *budget, "structured-0-0.5", "structured-1", "blocks-0", "compress-0-1"],
+        ["choose-compressed"],
+        ["open-test"],
+        ["evaluate-dense-0", "evaluate-dense-1", *(f"evaluate-{score}" for score in scores)],
     ]
 
 
@@ -105,17 +110,14 @@ def test_the_notebooks_find_all_that_the_cells_have_computed(computed, monkeypat
         fine_tuning.finetune_model(one)
         scoring.score_weights(one, scoring.MAIN)
     pruning.pruned_curves(run)
-    pruning.recover_all(run)
-    pruning.recovered_curves(run)
-    for way in ("gradual", "taught"):
-        for one in inputs.runs_of(run):
-            name = pruning.recover_otherwise(one, way, best_score(run), run.profile.main_sparsity)
-            predictions.answers_right(one, name, "validation")
-    conversion.compact_model(run, best_score(run), run.profile.structured_sparsities[0])
+    recovery.recover_all(run)
+    recovery.recovered_curves(run)
+    recovery.recover_in_parts(run)
+    recovery.budget_curve(run)
     conversion.block_model(run, best_score(run), run.profile.main_sparsity)
     students.distil_all(run)
     students.compress_all(run)
     comparison.open_test_part(run)
-    pruning.recovered_curves(run, "test")
+    recovery.recovered_curves(run, "test")
     comparison.answers_of_all(run, list(comparison.LINES))
     assert created() == before

@@ -6,17 +6,29 @@ import itertools
 
 import numpy as np
 import pytest
+from conftest import assert_percentiles, literal_means
 
-from nbhelpers.evaluation import holm, mcnemar, sign_flip_test
+from nbhelpers.evaluation import against, mcnemar, predict_logits, sign_flip_test, significance_table
 from nbhelpers.models import load_tokenizer, prunable_weights
 from nbhelpers.selection import select
-from nbhelpers.study import artefacts, comparison, forgetting, inputs, predictions, pruning, scoring
+from nbhelpers.study import (
+    artefacts,
+    baseline,
+    comparison,
+    forgetting,
+    inputs,
+    predictions,
+    recovery,
+    scoring,
+    students,
+)
 from nbhelpers.study.forgetting import as_language_model, bits_per_byte, other_domain_texts
 from nbhelpers.workspace import Run, open_run
 
 pytestmark = pytest.mark.usefixtures("alone")
 
 MAIN = ("magnitude", "movement", "gradient", "merged")
+SCORES = (*MAIN, "taylor")
 LINES = ("fine_tuned", "fine_tuned_extra")
 
 
@@ -28,31 +40,39 @@ def right(run: Run, name: str, split: str = "test", seeds: int = 2) -> np.ndarra
     return np.stack(answers) == np.array(reviews["label"], bool)
 
 
+def adjusted(p_values: list[float]) -> list[float]:
+    """Holm's p-values: the smallest counts as often as there are values, the next once less, and none falls."""
+    found, highest = {}, 0.0
+    for place, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        found[i] = highest = max(highest, min(1.0, (len(p_values) - place) * p_values[i]))
+    return pytest.approx([found[i] for i in range(len(p_values))], rel=1e-12)
+
+
 # --- one seed ---
 
 
-def test_compared_are_the_models_of_all_notebooks_in_their_order(study):
-    assert comparison.compared_models(study.run) == [
-        "fine_tuned",
-        "fine_tuned_extra",
-        *(f"recovered_{criterion}_90" for criterion in (*MAIN, study.comparator)),
+def test_compared_are_the_models_of_all_notebooks_in_their_order_packed_ones_and_counts_of_words(study):
+    assert comparison.rows_of(study.run) == [
+        *LINES,
+        *(f"recovered_{score}_90" for score in SCORES),
         f"sparse_{study.best}_90",
         f"compact_{study.best}_50",
         "int8_fine_tuned",
         f"int8_blocks_{study.best}_90",
         f"int8_compact_{study.best}_50",
-        "student_distilled_1",
-        "student_labels_only_1",
-        "student_distilled_random_1",
-        "compressed_1",
+        *students.student_names(study.run.profile),
+        "fine_tuned_packed",
+        "student_distilled_1_packed",
+        "tfidf",
+        "tfidf_taught",
     ]
 
 
 def test_the_comparison_has_a_row_per_model_and_the_columns_of_the_contract(study):
     run, sparse = study.run, f"sparse_{study.best}_90"
     recovered = f"recovered_{study.best}_90"
-    names = comparison.compared_models(run)
-    table = comparison.comparison_table(run, names)
+    names = comparison.rows_of(run)
+    table = run.load_table("comparison")
     required = (
         "model accuracy accuracy_low accuracy_high f1 total_parameters active_parameters encoder_sparsity file_bytes "
         "train_steps train_tokens latency_ms speedup speedup_packed peak_memory_bytes p_value"
@@ -63,20 +83,22 @@ def test_the_comparison_has_a_row_per_model_and_the_columns_of_the_contract(stud
     assert np.isfinite(numbers).all()
     table = table.set_index("model")
     assert table.loc["fine_tuned", ["speedup", "p_value", "train_steps", "train_tokens"]].tolist() == [1, 1, 0, 0]
-    # Both are quotients of two latencies of the same turns, one of them of medians and one a median of quotients.
-    packed = table["speedup_packed"] * table["latency_ms"]
-    assert packed.to_numpy() == pytest.approx(packed.iloc[0])
+    quotients = table.loc["fine_tuned_packed", "latency_ms"] / table["latency_ms"]
+    assert table["speedup_packed"].to_numpy() == pytest.approx(quotients.to_numpy())
     tokens = sum(map(len, inputs.dataset(run, "train").input_ids))
     trained = table[["train_steps", "train_tokens"]].T
     assert trained[recovered].tolist() == trained[sparse].tolist() == trained["fine_tuned_extra"].tolist()
     assert trained[recovered]["train_steps"] == 3 and 0 < trained[recovered]["train_tokens"] < tokens
     assert trained["student_distilled_1"].tolist() == [3, tokens], "48 reviews in batches of 16"
     assert trained["compressed_1"].tolist() == [6, 2 * tokens], "its own steps after those of the student"
-    first = open_run(dataclasses.replace(run.profile, seeds=1), 0)
-    answers = {name: right(first, name)[0] for name in names}
-    for name in names:
-        assert table.loc[name, "accuracy"] == pytest.approx(answers[name].mean())
-        assert table.loc[name, "p_value"] == pytest.approx(mcnemar(answers[name], answers["fine_tuned"]))
+    for name in comparison.compared_models(run):
+        answers, dense = right(run, name, seeds=1), right(run, "fine_tuned")
+        assert table.loc[name, "accuracy"] == pytest.approx(answers.mean())
+        if name in (*LINES, *(f"recovered_{score}_90" for score in SCORES)):
+            expected = sign_flip_test((right(run, name).astype(int) - dense).sum(0))
+        else:
+            expected = mcnemar(answers[0], dense[0])
+        assert table.loc[name, "p_value"] == pytest.approx(expected), "of all seeds that both models have"
     dense, pruned = run.load_model("fine_tuned"), run.load_model(recovered)
     total = sum(parameter.numel() for parameter in dense.parameters())
     assert table.loc["fine_tuned", "total_parameters"] == total
@@ -93,21 +115,56 @@ def test_the_comparison_has_a_row_per_model_and_the_columns_of_the_contract(stud
     assert table.loc[sparse, "file_bytes"] < table.loc["fine_tuned", "file_bytes"]
 
 
+def test_a_packed_model_is_the_same_model_but_for_its_speed(study):
+    run, table = study.run, study.run.load_table("comparison").set_index("model")
+    timed = [name for name in table if name.startswith(("latency", "speedup", "peak"))]
+    for name in ("fine_tuned", "student_distilled_1"):
+        assert table.loc[f"{name}_packed"].drop(timed).equals(table.loc[name].drop(timed)), name
+        found = predict_logits(comparison.load_row(run, f"{name}_packed"), inputs.dataset(run, "test").input_ids)
+        # The same sums without padding, float32.
+        np.testing.assert_allclose(found, predictions.split_logits(run, name, "test"), atol=1e-5)
+
+
+def test_what_counts_words_is_timed_on_the_texts_whose_tokens_the_others_get(study):
+    run, table = study.run, study.run.load_table("comparison").set_index("model")
+    batch = inputs.latency_batch(run, 4)["input_ids"]
+    rows = [row[row != load_tokenizer(run.profile).pad_token_id].tolist() for row in batch]
+    for name in ("tfidf", "tfidf_taught"):
+        model, row = comparison.load_row(run, name), table.loc[name]
+        assert run.encode(model.texts) == rows
+        assert (row["file_bytes"], row["train_steps"], row["train_tokens"]) == (model.file_bytes(), 0, 0)
+        assert row["total_parameters"] == row["active_parameters"] == len(model.pipeline[0].vocabulary_)
+        answers = baseline.tfidf_right(run, "test", name)
+        assert row["accuracy"] == pytest.approx(answers.mean())
+        assert row["p_value"] == pytest.approx(mcnemar(answers, right(run, "fine_tuned", seeds=1)[0]))
+
+
+def test_one_pair_has_one_p_value_in_both_tables(study):
+    names = comparison.compared_models(study.run)
+    correct = comparison.answers_of_all(study.run, names)
+    significance = significance_table(correct, against(correct, "fine_tuned"), "all models against fine_tuned")
+    table = study.run.load_table("comparison").set_index("model")
+    assert table.loc[names[1:], "p_value"].to_numpy() == pytest.approx(significance["p_value"].to_numpy(), rel=1e-12)
+    assert significance["p_adjusted"].tolist() == adjusted(significance["p_value"].tolist())
+
+
+def test_a_published_interval_is_that_of_resampled_reviews_and_seeds(study):
+    row = study.run.load_table("budget").set_index(["model", "steps"]).loc[f"recovered_{study.best}_90", 3]
+    answers = right(study.run, f"recovered_{study.best}_90", "validation")
+    assert_percentiles(row[["accuracy_low", "accuracy_high"]].to_numpy(dtype=float), literal_means(answers))
+
+
 # --- over seeds ---
 
 
 def test_results_are_of_all_seeds_where_all_have_the_model_and_of_the_first_otherwise(study):
-    names = ["fine_tuned", "recovered_movement_50", "student_distilled_1", "tfidf"]
+    steps = f"recovered_{study.best}_90_steps_1"
+    names = ["fine_tuned", "recovered_movement_50", steps, "student_distilled_1", "fine_tuned_packed", "tfidf_taught"]
     found = comparison.answers_of_all(study.run, names)
     assert list(found) == names
-    assert {name: answers.shape for name, answers in found.items()} == {
-        "fine_tuned": (2, 24),
-        "recovered_movement_50": (2, 24),
-        "student_distilled_1": (1, 24),
-        "tfidf": (1, 24),
-    }
+    assert [answers.shape for answers in found.values()] == [(2, 24)] * 3 + [(1, 24)] * 3
     assert all(answers.dtype == bool for answers in found.values())
-    for name in names[:2]:
+    for name in names[:3]:
         np.testing.assert_array_equal(found[name], right(study.run, name))
     first = open_run(dataclasses.replace(study.run.profile, seeds=1), 0)
     np.testing.assert_array_equal(found["student_distilled_1"], right(first, "student_distilled_1"))
@@ -115,7 +172,7 @@ def test_results_are_of_all_seeds_where_all_have_the_model_and_of_the_first_othe
 
 def test_the_merge_is_compared_with_every_other_score_at_each_sparsity_at_which_both_are_recovered(study):
     run = study.run
-    expected = [(c, s) for s in (50, 90) for c in ("magnitude", "movement", "gradient", study.comparator)]
+    expected = [(c, s) for s in (50, 90) for c in ("magnitude", "movement", "gradient", "taylor")]
     pairs = [(f"recovered_merged_{percent}", f"recovered_{c}_{percent}") for c, percent in expected]
     assert sorted(comparison.rivals(run)) == sorted(pairs)
     table = comparison.compare_rivals(run)
@@ -125,19 +182,12 @@ def test_the_merge_is_compared_with_every_other_score_at_each_sparsity_at_which_
         assert row.comparison == f"recovered_merged_{percent} - recovered_{row.criterion}_{percent}"
         assert (row.n, row.seeds) == (24, 2)
         assert row.low <= row.difference <= row.high
-    assert table["p_adjusted"].tolist() == pytest.approx(holm(table["p_value"].tolist()))
+    assert table["p_adjusted"].tolist() == adjusted(table["p_value"].tolist())
     row = table[(table["criterion"] == "gradient") & (table["sparsity"] == 0.9)].iloc[0]
     change = right(run, "recovered_merged_90").astype(int) - right(run, "recovered_gradient_90")
     assert row["difference"] == pytest.approx(change.mean())
     assert row["p_value"] == pytest.approx(sign_flip_test(change.sum(0)))
     assert row["spread"] == pytest.approx(np.std(change.mean(1), ddof=1))
-
-
-def test_a_score_that_was_recovered_where_the_merge_was_not_is_no_rival(study):
-    changed = dataclasses.replace(study.run.profile, recovery_sparsities=(0.9,), comparator_sparsities=(0.5,))
-    others = ("magnitude", "movement", "gradient", study.comparator)
-    expected = [("recovered_merged_90", f"recovered_{c}_90") for c in others]
-    assert sorted(comparison.rivals(open_run(changed, 0))) == sorted(expected)
 
 
 # --- language modelling that was unlearned ---
@@ -146,8 +196,7 @@ def test_a_score_that_was_recovered_where_the_merge_was_not_is_no_rival(study):
 def test_bits_per_byte_have_a_row_per_model_domain_and_seed(study):
     table = forgetting.unlearned(study.run, count=2)
     assert list(table) == ["model", "domain", "seed", "bits_per_byte"]
-    scores = (*MAIN, study.comparator)
-    pruned = [f"{stage}_{score}_90" for score in scores for stage in ("pruned", "recovered")]
+    pruned = [f"{stage}_{score}_90" for score in SCORES for stage in ("pruned", "recovered")]
     names = ["pretrained", "fine_tuned", "fine_tuned_extra", *pruned]
     found = sorted(table[["model", "domain", "seed"]].itertuples(index=False, name=None))
     assert found == sorted(itertools.product(names, ("reviews", "other"), (0, 1)))
@@ -176,7 +225,9 @@ TESTS = ("merge", "comparator", "control", "kept", "compressed")
 def answers(study, monkeypatch):
     """Made-up test results: models this small predict all alike; these differ, some of them significantly."""
     rng, answers = np.random.default_rng(0), {}
-    for i, name in enumerate([*LINES, *comparison.recovered_names(study.run).values()]):
+    names = [*LINES, *recovery.recovered_names(study.run).values()]
+    names += [f"{name}_steps_1" for name in ("fine_tuned_extra", "recovered_merged_90", f"recovered_{study.best}_50")]
+    for i, name in enumerate(names):
         answers[name] = rng.random((2, 300)) < 0.7 + 0.015 * i
     monkeypatch.setattr(comparison, "right_over_seeds", lambda run, name, split: {"test": answers}[split][name])
     return answers
@@ -184,7 +235,7 @@ def answers(study, monkeypatch):
 
 def test_the_finding_is_chosen_on_validation_and_measured_on_the_test_reviews(study, answers, monkeypatch):
     # Not the best single criterion, so that the two are told apart.
-    run, best, comparator = study.run, "merged", study.comparator
+    run, best = study.run, "merged"
     monkeypatch.setattr(comparison, "best_score", lambda run: best)
     found = comparison.find(run)
 
@@ -192,21 +243,20 @@ def test_the_finding_is_chosen_on_validation_and_measured_on_the_test_reviews(st
         return right(run, f"recovered_{criterion}_{percent}", "validation").mean()
 
     assert (found["seeds"], found["test_reviews"], found["sparsity"]) == (2, 24, 0.9)
-    assert (found["best"], found["comparator_name"]) == (best, comparator)
+    assert (found["best"], found["comparator_name"]) == (best, "taylor")
     assert found["single"] == max(MAIN[:3], key=lambda c: share(c, 90))
     assert found["own"] == max(MAIN, key=lambda c: share(c, 90))
     for leader, percent in zip(found["leaders"], (50, 90), strict=True):
         # The first of equals, in the order in which the notebooks name them.
-        ranked = sorted((*MAIN, comparator), key=lambda c: -share(c, percent))
+        ranked = sorted(SCORES, key=lambda c: -share(c, percent))
         assert (leader["sparsity"], leader["best"], leader["second"]) == (percent / 100, *ranked[:2])
         first, second = (answers[f"recovered_{c}_{percent}"] for c in ranked[:2])
         assert leader["accuracy"] == pytest.approx(first.mean())
         assert leader["difference"] == pytest.approx(first.mean() - second.mean())
         assert leader["p_value"] == pytest.approx(sign_flip_test((first.astype(int) - second).sum(0)))
-    assert [row["p_adjusted"] for row in found["leaders"]] == holm([row["p_value"] for row in found["leaders"]])
     pairs = {
         "merge": ("recovered_merged_90", f"recovered_{found['single']}_90"),
-        "comparator": (f"recovered_{comparator}_90", f"recovered_{found['own']}_90"),
+        "comparator": ("recovered_taylor_90", f"recovered_{found['own']}_90"),
         "control": ("fine_tuned_extra", "fine_tuned"),
         "kept": (f"recovered_{best}_90", "fine_tuned_extra"),
     }
@@ -214,7 +264,14 @@ def test_the_finding_is_chosen_on_validation_and_measured_on_the_test_reviews(st
         assert found[test]["difference"] == pytest.approx(answers[a].mean() - answers[b].mean()), test
         p_value = sign_flip_test((answers[a].astype(int) - answers[b]).sum(0))
         assert (found[test]["p_value"], found[test]["n"], found[test]["seeds"]) == (pytest.approx(p_value), 300, 2)
-    assert [found[test]["p_adjusted"] for test in TESTS] == holm([found[test]["p_value"] for test in TESTS])
+    for row, name in zip(found["budget"], ("_steps_1", ""), strict=True):
+        a, b = answers[f"recovered_{best}_90{name}"], answers[f"fine_tuned_extra{name}"]
+        assert (row["steps"], row["difference"]) == (1 if name else 3, pytest.approx(a.mean() - b.mean()))
+        assert row["p_value"] == pytest.approx(sign_flip_test((a.astype(int) - b).sum(0)))
+    families = {"leaders": found["leaders"], "finding": [found[test] for test in TESTS], "budget": found["budget"]}
+    for name, rows in families.items():
+        assert {row["family"] for row in rows} == {name}
+        assert [row["p_adjusted"] for row in rows] == adjusted([row["p_value"] for row in rows])
     small, dense = (right(run, name, "test", seeds=1) for name in ("compressed_1", "fine_tuned"))
     row = run.load_table("comparison").set_index("model").loc["compressed_1"]
     assert found["compressed"]["difference"] == pytest.approx(small.mean() - dense.mean())
@@ -235,7 +292,8 @@ def test_the_finding_compares_every_higher_sparsity_with_the_control(study, answ
     pruned, control = answers[f"recovered_{row['best']}_90"], answers["fine_tuned_extra"]
     assert row["difference"] == pytest.approx(pruned.mean() - control.mean())
     family = [*(found[test] for test in TESTS), row]
-    assert [one["p_adjusted"] for one in family] == holm([one["p_value"] for one in family])
+    assert [one["p_adjusted"] for one in family] == adjusted([one["p_value"] for one in family])
+    assert {one["family"] for one in family} == {"finding"}
 
 
 def test_results_on_the_test_reviews_choose_nothing(study, monkeypatch):
@@ -252,6 +310,8 @@ def test_results_on_the_test_reviews_choose_nothing(study, monkeypatch):
     for one, other in zip(after["leaders"], before["leaders"], strict=True):
         assert (one["best"], one["second"]) == (other["best"], other["second"])
         assert one["accuracy"] == pytest.approx(1 - other["accuracy"])
+    for one, other in zip(after["budget"], before["budget"], strict=True):
+        assert (one["steps"], one["difference"]) == (other["steps"], pytest.approx(-other["difference"]))
     for test in TESTS:
         assert after[test]["difference"] == pytest.approx(-before[test]["difference"])
 
@@ -259,8 +319,8 @@ def test_results_on_the_test_reviews_choose_nothing(study, monkeypatch):
 def test_rows_of_the_test_reviews_in_the_curves_choose_nothing(study):
     """Notebook 06 adds them to the table from which the leaders are read."""
     before, curves = comparison.find(study.run), study.run.load_table("curves")
-    on_test = pruning.recovered_curves(study.run, "test")
-    on_test["accuracy"] = (on_test["criterion"] == "random").astype(float)
+    on_test = recovery.recovered_curves(study.run, "test")
+    on_test["accuracy"] = (on_test["criterion"] == before["leaders"][1]["second"]).astype(float)
     study.run.save_table("curves", curves.merge(on_test, "outer"))
     try:
         assert comparison.find(study.run) == before

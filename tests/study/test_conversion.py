@@ -58,6 +58,9 @@ def test_models_in_eight_bits_are_compared_with_what_they_were_made_from(study):
         assert torch.equal(before.transformer.wte.weight, after.transformer.wte.weight)
         logits = [predictions.split_logits(run, model, "validation") for model in (name, f"int8_{name}")]
         assert row["largest_logit_difference"] == pytest.approx(np.abs(logits[0] - logits[1]).max())
-        assert 0 < row["largest_logit_difference"] < 0.1 * np.abs(logits[0]).max()
+        assert row["largest_logit_difference"] < 0.1 * np.abs(logits[0]).max()
         assert row["file_bytes_int8"] < row["file_bytes"]
         assert sum(int(part.split()[0]) for part in row["engines"].split(", ")) == 4 * len(before.transformer.h)
+    assert table["largest_logit_difference"].max() > 0, (
+        "one of these models may have nothing left that could be rounded"
+    )

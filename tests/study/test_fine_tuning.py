@@ -18,6 +18,7 @@ from nbhelpers.study import (
     inputs,
     predictions,
     pruning,
+    recovery,
     scoring,
     students,
 )
@@ -39,23 +40,28 @@ def new_run(**changes) -> Run:
 
 
 def test_a_study_leaves_the_models_that_it_promises(study):
-    recovered = [artefacts.model_name("recovered", *p) for p in pruning.recoveries(study.run.profile, study.comparator)]
-    small = [f"student_{variant}_1" for variant in ("distilled", "labels_only", "distilled_random")]
-    sparse = [f"{stage}_{study.best}_{p}" for stage, p in (("sparse", 90), ("structured", 50), ("compact", 50))]
-    dense = ["pretrained", "fine_tuned", "fine_tuned_extra", *recovered]
+    scores = ("magnitude", "movement", "gradient", "merged", "taylor")
+    recovered = [f"recovered_{score}_{percent}" for percent in (50, 90) for score in scores]
+    parts = [f"{part}_{study.best}_90" for part in ("labels", "taught", "hidden")]
+    budget = [f"recovered_{score}_90_steps_1" for score in dict.fromkeys((study.best, "merged"))]
+    budget += [f"structured_{study.best}_50_steps_1", "fine_tuned_extra_steps_1"]
+    structured = f"structured_{study.best}_50"
+    dense = ["pretrained", "fine_tuned", "fine_tuned_extra", *recovered, structured, *parts, *budget]
     rounded = ["fine_tuned", f"blocks_{study.best}_90", f"compact_{study.best}_50"]
-    every = [*dense, *small, "compressed_1", *sparse, rounded[1], *(f"int8_{name}" for name in rounded)]
+    every = [*dense, *students.student_names(study.run.profile), f"sparse_{study.best}_90", rounded[2], rounded[1]]
+    every += [f"int8_{name}" for name in rounded]
     assert study.models[0] == every, "oldest first; the students of the scan are no models"
-    assert study.models[1] == dense, "of every seed what is compared over seeds, and nothing else"
+    assert sorted(study.models[1]) == sorted(dense), "of every seed what is compared over seeds, and nothing else"
     for name in study.models[0]:
         assert not study.run.load_model(name).training
         if name != "pretrained" and not name.startswith(("sparse", "compact", "int8")):
             history = artefacts.read_history(study.run, name)
             assert np.isfinite(history["loss"]).all()
-            if name.startswith(("recovered", "fine_tuned_extra")):
-                assert history["steps"].iloc[-1] == 3, "the dense control has the steps of every recovery"
+            if name.startswith(("recovered", "labels", "taught", "hidden", "structured", "blocks", "fine_tuned_extra")):
+                steps = 1 if name.endswith("_steps_1") else 3
+                assert history["steps"].iloc[-1] == steps, "the dense control has the steps of every recovery"
             # Recovery makes no choice among checkpoints, so it validates none on the way.
-            validated = name == "fine_tuned" or name.startswith(("student_", "compressed_"))
+            validated = name == "fine_tuned" or name.startswith("student_")
             assert ("accuracy" in history) == validated
             assert not validated or history["accuracy"].between(0, 1).all()
 
@@ -112,16 +118,19 @@ def test_a_second_call_finds_everything_and_computes_nothing(study, monkeypatch)
     def never(*_, **__):
         raise AssertionError("computed again")
 
-    for module in (fine_tuning, pruning, students):
+    for module in (fine_tuning, recovery, students):
         monkeypatch.setattr(module, "train", never)
     for module in (predictions, pruning):
         monkeypatch.setattr(module, "predict_logits", never)
-    monkeypatch.setattr(pruning, "calibrate", never)
+    for module in (pruning, scoring):
+        monkeypatch.setattr(module, "calibrate", never)
     again = open_run(dataclasses.replace(study.run.profile), 0)
     assert fine_tuning.finetune_model(again)["steps"].tolist() == [6]
-    recovered = pruning.recover_all(again)
-    asked = [(seed, *pair) for seed in (0, 1) for pair in pruning.recoveries(again.profile, study.comparator)]
-    assert list(recovered[["seed", "criterion"]].itertuples(index=False, name=None)) == [one[:2] for one in asked]
+    recovered = recovery.recover_all(again)
+    asked = [(seed, score) for seed in (0, 1) for _ in (0.5, 0.9) for score in again.profile.scores]
+    assert list(recovered[["seed", "criterion"]].itertuples(index=False, name=None)) == asked
+    recovery.recover_in_parts(again)
+    recovery.budget_curve(again)
     students.distil_all(again)
     students.compress_all(again)
     pruning.pruned_curves(again)
@@ -134,7 +143,8 @@ def test_a_changed_setting_trains_again_what_depends_on_it_and_nothing_else(work
     def made(**changes):
         run = new_run(**changes)
         fine_tuning.finetune_model(run)
-        pruning.train_control(run)
+        recovery.scan_rates(run, "control")
+        recovery.train_control(run)
         return created(run)
 
     def changed(before, after):
@@ -142,11 +152,13 @@ def test_a_changed_setting_trains_again_what_depends_on_it_and_nothing_else(work
 
     first = made()
     control = {"rates_control", "fine_tuned_extra", "logits_fine_tuned_extra_validation"}
-    assert set(first) == {"pretrained", "fine_tuned", "choice_rate_control"} | control
+    tuned = {"fine_tuned", "teacher_logits", "calibration", "scores_taylor"}
+    assert set(first) == {"pretrained", "choice_rate_control"} | tuned | control
     assert made() == first
     rates = made(recovery_learning_rates=(2e-3,))
     assert changed(first, rates) == control | {"choice_rate_control"}
     longer = made(recovery_learning_rates=(2e-3,), epochs=2)
-    assert control | {"fine_tuned"} <= changed(rates, longer) <= control | {"fine_tuned", "choice_rate_control"}
-    other = made(recovery_learning_rates=(2e-3,), epochs=2, latency_repeats=7, student_layers=(2,), seeds=3)
+    assert control | tuned <= changed(rates, longer) <= control | tuned | {"choice_rate_control"}
+    others = {"latency_repeats": 7, "student_layers": (2,), "seeds": 3, "comparators": (), "budget_steps": (2, 5)}
+    other = made(recovery_learning_rates=(2e-3,), epochs=2, **others)
     assert other == longer, "a setting that a model does not depend on does not train it again"

@@ -134,7 +134,7 @@ def test_models_are_registered_once_per_study(workspace):
 
 def test_other_settings_are_another_study_of_the_same_reviews(workspace):
     assert predictions.open_test(new_run(), ["fine_tuned"])["studies"] == 1
-    other = new_run(recovery_steps=2)
+    other = new_run(recovery_epochs=2.0)
     assert predictions.test_record(other)["models"] == []
     with pytest.raises(WorkspaceError, match="not registered"):
         predictions.split_logits(other, "fine_tuned", "test")
@@ -185,6 +185,8 @@ def test_studies_are_counted_over_profiles_that_share_test_reviews(workspace, tm
 
 def test_a_study_registers_all_that_it_compares(study):
     record = predictions.test_record(study.run)
-    expected = {*comparison.compared_models(study.run), *comparison.recovered_names(study.run).values(), "tfidf"}
-    assert set(record["models"]) == expected and "fine_tuned_extra" in expected
+    expected = {*comparison.compared_models(study.run), "fine_tuned_extra", "tfidf", "tfidf_taught"}
+    expected |= {f"recovered_{score}_{percent}" for score in study.run.profile.scores for percent in (50, 90)}
+    expected |= {f"recovered_{study.best}_90_steps_1", "fine_tuned_extra_steps_1"}
+    assert set(record["models"]) == expected
     assert (record["reasons"], record["studies"]) == ([], 1)

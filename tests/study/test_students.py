@@ -1,5 +1,7 @@
 """Students of fewer layers, and the one that is compressed in every way: what is left of it, and who is chosen."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -25,22 +27,25 @@ def small(study):
 
 def test_students_have_fewer_layers_and_follow_the_best_of_the_scan(study):
     table = students.distil_all(study.run)
-    assert table["model"].tolist() == [f"student_{v}_1" for v in ("distilled", "labels_only", "distilled_random")]
+    assert table["model"].tolist() == [f"student_{v}_1" for v in ("distilled", "labels_only", "direct")]
     assert table["layers"].tolist() == [1, 1, 1]
-    assert table["alpha"].tolist() == [0.5, 1.0, 0.5]
-    assert table["from_teacher"].tolist() == [True, True, False]
-    assert table["temperature"].tolist() == [2.0] * 3
+    assert table["alpha"].tolist() == [0.5, 1.0, 1.0]
+    assert table["start"].tolist() == ["fine_tuned", "fine_tuned", "pretrained"]
+    assert table["steps"].tolist() == [3, 3, 6], "the direct one is trained as long as the others and their compression"
     for row in table.itertuples():
         assert len(blocks(study.run.load_model(row.model))) == 1
         assert row.accuracy == predictions.validation_accuracy(study.run, row.model)
 
 
-def test_a_student_of_the_labels_alone_is_the_one_that_plain_training_gives(study):
+@pytest.mark.parametrize(
+    ("variant", "start", "epochs"), [("labels_only", "fine_tuned", 1), ("direct", "pretrained", 2)]
+)
+def test_a_student_without_a_teacher_is_the_one_that_plain_training_gives(study, variant, start, epochs):
     run = study.run
-    student = create_student(run.load_model("fine_tuned"), 1, run.seed)
-    recipe, validate = recipe_for(run.profile, "distill"), predictions.validator(run)
-    train(student, inputs.dataset(run, "train"), recipe, seed=run.seed, validate=validate)
-    saved = run.load_model("student_labels_only_1").state_dict()
+    student = create_student(run.load_model(start), 1, run.seed)
+    recipe = dataclasses.replace(recipe_for(run.profile, "distill"), epochs=epochs)
+    train(student, inputs.dataset(run, "train"), recipe, seed=run.seed, validate=predictions.validator(run))
+    saved = run.load_model(f"student_{variant}_1").state_dict()
     # alpha = 1 leaves the soft term out but computes it: no more than rounding is between the two.
     for name, value in student.state_dict().items():
         torch.testing.assert_close(value, saved[name], rtol=1e-4, atol=1e-5)
@@ -89,23 +94,31 @@ def test_the_steps_are_those_of_the_files_and_their_accuracy(study):
         assert steps["accuracy"].iloc[step] == predictions.validation_accuracy(run, name)
 
 
-def test_the_zeros_are_those_of_the_lowest_weight_times_gradient(study):
-    run = study.run
+def test_a_student_is_pruned_by_weight_times_gradient_step_by_step_to_the_main_sparsity(study):
+    run, sums = study.run, {}
     model = run.load_model("student_distilled_1")
     weights = prunable_weights(model)
-    scores = {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
     for ids, label in zip(*calibration_rows(run, run.profile.calibration_reviews), strict=True):
         model.zero_grad()
         logits = model(input_ids=torch.tensor([ids])).logits
         torch.nn.functional.cross_entropy(logits, torch.tensor([label])).backward()
         for name, weight in weights.items():
-            scores[name] += (weight * weight.grad).abs().detach().double()
-    lowest = torch.cat([score.flatten() for score in scores.values()]).sort().values
-    limit = lowest[round(0.5 * len(lowest)) - 1]
-    chosen = students.taylor_masks(run, model, 0.5)
-    wrong = sum(int((mask != (scores[name] > limit)).sum()) for name, mask in chosen.items())
-    # Sums in float32 and in float64 may order two weights next to the limit otherwise.
-    assert wrong <= 2
+            sums[name] = sums.get(name, 0) + (weight * weight.grad).abs().detach().double()
+    found = students.taylor_scores(run, model)
+    count = len(calibration_rows(run, run.profile.calibration_reviews)[0])
+    for name, total in sums.items():
+        torch.testing.assert_close(found[name].double(), total / count, rtol=1e-4, atol=1e-9)
+    keeper, observed = students.compression_keeper(run, model, steps=10)
+    dropped = []
+    for _ in range(7):
+        for weight in weights.values():
+            weight.grad = torch.ones_like(weight)
+        observed.after_backward()
+        keeper.apply()
+        dropped.append(sum(int((~mask).sum()) for mask in keeper.masks.values()))
+    total = sum(weight.numel() for weight in weights.values())
+    # 0.9 * (1 - (1 - t)^3) over 60 % of ten steps.
+    assert dropped == [round(0.9 * (1 - (1 - min(1, step / 6)) ** 3) * total) for step in range(1, 8)]
 
 
 @pytest.mark.parametrize(

@@ -36,14 +36,14 @@ def keys(package=PACKAGE):
 
 
 def test_the_copy_of_a_package_has_its_fingerprints(package):
-    assert {"nbhelpers.study.pruning", "nbhelpers.study.students", "nbhelpers.study.baseline"} <= set(BUILDERS)
+    assert {f"nbhelpers.study.{name}" for name in ("pruning", "recovery", "students", "baseline")} <= set(BUILDERS)
     assert keys(package) == keys()
 
 
 @pytest.mark.parametrize(
     ("file", "old", "new", "module"),
     [
-        ("study/pruning.py", "GRADUAL_SHARE = 0.6", "GRADUAL_SHARE = 0.8", "pruning"),
+        ("study/recovery.py", "GRADUAL_SHARE = 0.6", "GRADUAL_SHARE = 0.8", "recovery"),
         ("study/students.py", "ACCEPTED = 0.01", "ACCEPTED = 0.02", "students"),
         ("study/baseline.py", "FOLDS = 5", "FOLDS = 4", "baseline"),
     ],

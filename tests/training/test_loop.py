@@ -211,7 +211,6 @@ def test_a_recipe_takes_the_profiles_fields_of_its_purpose():
         distill_batch_size=5,
         epochs=6,
         distill_epochs=7,
-        recovery_steps=8,
         layer_decay=0.9,
         weight_decay=0.02,
         warmup_share=0.3,
@@ -222,7 +221,7 @@ def test_a_recipe_takes_the_profiles_fields_of_its_purpose():
     )
     shared = {"weight_decay": 0.02, "warmup_share": 0.3, "max_grad_norm": 2.0, "precision": "no", "accumulation": 2}
     assert recipe_for(profile, "finetune") == Recipe(1e-3, 4, epochs=6, layer_decay=0.9, prefix_share=0.25, **shared)
-    assert recipe_for(profile, "recover") == Recipe(2e-3, 4, steps=8, prefix_share=0.25, **shared)
+    assert recipe_for(profile, "recover") == Recipe(2e-3, 4, prefix_share=0.25, **shared)
     assert recipe_for(profile, "distill") == Recipe(3e-3, 5, epochs=7, prefix_share=0.25, **shared)
 
 

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 from nbhelpers.masks import unpack
 from nbhelpers.models import prunable_weights
 from nbhelpers.selection import select
-from nbhelpers.training.observers import FirstOrderMovement, FlaggedSets, GradientMagnitude, RunningTaylor, calibrate
+from nbhelpers.training.observers import FirstOrderMovement, FlaggedSets, GradientMagnitude, RunningGradient, calibrate
 
 REVIEWS, LABELS = [[3, 4, 5], [6, 7], [8, 9, 3, 4, 5, 2], [1]], [0, 1, 1, 0]
 
@@ -108,20 +108,21 @@ def test_observers_that_have_seen_nothing_or_come_in_the_wrong_order_are_refused
         take_step(model, 0, gradients, flagged)
 
 
-def test_a_running_mean_of_weight_times_gradient_starts_with_given_scores_and_forgets(model):
-    weights = prunable_weights(model)
-    start = {name: torch.full_like(weight, 7.0) for name, weight in weights.items()}
-    observer, expected = RunningTaylor(model, start, memory=0.75), None
-    assert all(torch.equal(observer.scores[name], start[name]) for name in weights)
+def test_a_running_mean_of_gradients_starts_with_the_first_step_and_forgets(model):
+    weights, expected = prunable_weights(model), None
+    observer = RunningGradient(model, memory=0.75)
+    assert observer.gradients == {}, "before the first step there are none"
     for step in range(4):
-        if step == 2:
+        if step in (0, 2):
+            # A checkpoint continues from the same place.
             state = {name: tensor.clone() for name, tensor in observer.state().items()}
-            observer = RunningTaylor(model, start, memory=0.75)
+            observer = RunningGradient(model, memory=0.75)
             observer.load_state(state)
         for weight in weights.values():
             weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
         observer.after_backward()
-        now = {n: (w.detach().double() * w.grad.double()).abs() for n, w in weights.items()}
+        now = {name: weight.grad.double().abs() for name, weight in weights.items()}
         expected = now if expected is None else {n: 0.75 * e + 0.25 * now[n] for n, e in expected.items()}
-        for name in weights:
-            torch.testing.assert_close(observer.scores[name].double(), expected[name], rtol=1e-5, atol=1e-7)
+        assert observer.gradients.keys() == weights.keys()
+        for name, found in observer.gradients.items():
+            torch.testing.assert_close(found.double(), expected[name], rtol=1e-5, atol=1e-7)
