@@ -22,6 +22,7 @@ from nbhelpers.study.pruning import pruned_logits, pruners
 from nbhelpers.study.recovery import (
     ARMS,
     PARTS,
+    budget_seeds,
     choose_score,
     extend_arm,
     recover_all,
@@ -145,9 +146,9 @@ def phases(run: Run, notebooks: set[str] | None = None) -> list[list[Cell]]:
             ),
             *(
                 Cell(f"budget-{s.seed}-{arm}-{steps}", "03", lambda s=s, arm=arm, n=steps: extend_arm(run, s, arm, n))
-                for s in seeds
-                for arm in ARMS
                 for steps in profile.budget_steps
+                for s in budget_seeds(run, steps)
+                for arm in ARMS
             ),
             *(
                 Cell(f"structured-{first}-{share:g}", "03", lambda share=share: take_out(run, share))

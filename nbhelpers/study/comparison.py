@@ -26,6 +26,7 @@ from nbhelpers.study.recovery import (
     CONTROL,
     SCANNED,
     budget_lengths,
+    budget_seeds,
     full_steps,
     recovered_names,
     structured_sparsities,
@@ -61,14 +62,14 @@ def rows_of(run: Run) -> list[str]:
 
 
 def budget_names(run: Run) -> list[str]:
-    """Return the models of every seed that the budget curve compares on the test reviews: the best and the control."""
+    """Return the models that the budget curve compares on the test reviews: the best score and the control."""
     names = (recovered_names(run)[best_score(run), run.profile.main_sparsity], CONTROL)
-    return [with_steps(name, steps) for name in names for steps in budget_lengths(run) if steps]
+    return [with_steps(name, steps) for name in names for steps in budget_lengths(run)]
 
 
 def of_every_seed(run: Run) -> list[str]:
-    """Return the models that every seed has."""
-    return [*LINES, *recovered_names(run).values(), *budget_names(run)]
+    """Return the models that every seed has and that are compared over seeds."""
+    return [*LINES, *recovered_names(run).values()]
 
 
 def open_test_part(run: Run) -> dict:
@@ -76,7 +77,9 @@ def open_test_part(run: Run) -> dict:
 
     Which these are was settled on validation; they need not all exist yet.
     """
-    return open_test(run, list(dict.fromkeys([*compared_models(run), *of_every_seed(run), *COUNTING])))
+    return open_test(
+        run, list(dict.fromkeys([*compared_models(run), *of_every_seed(run), *budget_names(run), *COUNTING]))
+    )
 
 
 def load_row(run: Run, name: str) -> torch.nn.Module:
@@ -210,12 +213,16 @@ def find(run: Run) -> dict:
     single, own = (mean["recovered", main][list(names)].idxmax() for names in (criteria.CRITERIA, MAIN))
     names, small = recovered_names(run), best_compressed(run)
 
-    def difference(a: str, b: str) -> dict:
-        return paired_difference(right_over_seeds(run, a, "test"), right_over_seeds(run, b, "test"))
+    def difference(a: str, b: str, seeds: int = run.profile.seeds) -> dict:
+        return paired_difference(*(right_over_seeds(run, name, "test", seeds) for name in (a, b)))
 
     leaders = []
     for sparsity in run.profile.recovery_sparsities:
-        ranked = mean["recovered", sparsity][list(run.profile.scores)].sort_values(ascending=False, kind="stable").index
+        ranked = (
+            mean["recovered", sparsity][[c for c, s in names if s == sparsity]]
+            .sort_values(ascending=False, kind="stable")
+            .index
+        )
         first, second = (names[criterion, sparsity] for criterion in ranked[:2])
         row = {"sparsity": sparsity, "best": ranked[0], "second": ranked[1], **difference(first, second)}
         leaders.append(row | over_seeds(right_over_seeds(run, first, "test")))
@@ -232,8 +239,11 @@ def find(run: Run) -> dict:
         if row["sparsity"] > main
     ]
     lengths = budget_lengths(run)
-    pairs = [(with_steps(names[best, main], steps), with_steps(CONTROL, steps)) for steps in lengths]
-    budget = [{"steps": n or full_steps(run)} | difference(*pair) for n, pair in zip(lengths, pairs, strict=True)]
+    budget = [
+        {"steps": n or full_steps(run)}
+        | difference(with_steps(names[best, main], n), with_steps(CONTROL, n), len(budget_seeds(run, n)))
+        for n in lengths
+    ]
     budget.sort(key=lambda row: row["steps"])
     for name, family in {"leaders": leaders, "finding": [*tests.values(), *further], "budget": budget}.items():
         for row, adjusted in zip(family, holm([row["p_value"] for row in family]), strict=True):

@@ -121,9 +121,9 @@ def answers_right(run: Run, name: str, split: str) -> np.ndarray:
     return split_logits(run, name, split).argmax(1) == dataset(run, split).labels
 
 
-def right_over_seeds(run: Run, name: str, split: str) -> np.ndarray:
-    """Return which reviews of a split a model gets right: bool [seeds, n], for a model that every seed has."""
-    return np.stack([answers_right(seed_run, name, split) for seed_run in runs_of(run)])
+def right_over_seeds(run: Run, name: str, split: str, seeds: int | None = None) -> np.ndarray:
+    """Return which reviews of a split a model of the first so many seeds, or of all, gets right: bool [seeds, n]."""
+    return np.stack([answers_right(seed_run, name, split) for seed_run in runs_of(run)[:seeds]])
 
 
 def validation_accuracy(run: Run, name: str) -> float:

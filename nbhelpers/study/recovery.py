@@ -12,10 +12,10 @@ import torch
 from nbhelpers import criteria, masks, selection
 from nbhelpers.evaluation import evaluate_accuracy, over_seeds
 from nbhelpers.models import has_structures, load_config, prunable_weights, structures
-from nbhelpers.profiles import Profile
+from nbhelpers.profiles import DEFAULT_SCORES, Profile
 from nbhelpers.study.artefacts import model_name, on_device, save_trained
 from nbhelpers.study.choices import best_score, decide, recovery_rate
-from nbhelpers.study.inputs import TRAIN_FIELDS, dataset, pick, runs_of
+from nbhelpers.study.inputs import TRAIN_FIELDS, dataset, pick, reviews_of, runs_of
 from nbhelpers.study.predictions import answers_right, right_over_seeds, validation_accuracy
 from nbhelpers.study.pruning import curve_row
 from nbhelpers.study.scoring import build_scores, scores_of
@@ -66,7 +66,7 @@ PARTS = {
 
 def full_steps(run: Run) -> int:
     """Return the optimizer steps of a recovery: the profile's ``recovery_epochs``."""
-    batches = math.ceil(len(dataset(run, "train")) / run.profile.batch_size)
+    batches = math.ceil(len(reviews_of(run.profile, run.seed)["train"]) / run.profile.batch_size)
     return max(2, round(run.profile.recovery_epochs * batches))
 
 
@@ -243,8 +243,13 @@ def train_control(run: Run, steps: int = 0) -> float:
 
 
 def recoveries(profile: Profile) -> list[tuple[str, float]]:
-    """Return which (score, sparsity) are recovered."""
-    return [(score, sparsity) for sparsity in profile.recovery_sparsities for score in profile.scores]
+    """Return which (score, sparsity) are recovered: ``DEFAULT_SCORES`` everywhere, others at the main sparsity."""
+    return [
+        (score, sparsity)
+        for sparsity in profile.recovery_sparsities
+        for score in profile.scores
+        if score in DEFAULT_SCORES or sparsity == profile.main_sparsity
+    ]
 
 
 def recovered_names(run: Run) -> dict[tuple[str, float], str]:
@@ -339,6 +344,11 @@ def budget_lengths(run: Run) -> list[int]:
     return [steps for steps in run.profile.budget_steps if steps != full_steps(run)] + [0]
 
 
+def budget_seeds(run: Run, steps: int) -> list[Run]:
+    """Return the seeds that train for a number of steps: all, or the first alone where a recovery has fewer steps."""
+    return runs_of(run) if steps <= full_steps(run) else [run]
+
+
 def budget_curve(run: Run) -> pd.DataFrame:
     """Return validation accuracy against the steps of recovery, one row per model and number of steps.
 
@@ -347,9 +357,9 @@ def budget_curve(run: Run) -> pd.DataFrame:
     rows = []
     for arm in ARMS:
         for steps in budget_lengths(run):
-            for seed_run in runs_of(run):
+            for seed_run in budget_seeds(run, steps):
                 name = extend_arm(run, seed_run, arm, steps)
             if name:
-                found = over_seeds(right_over_seeds(run, name, "validation"))
+                found = over_seeds(right_over_seeds(run, name, "validation", len(budget_seeds(run, steps))))
                 rows.append({"model": name.split("_steps_")[0], "steps": steps or full_steps(run)} | found)
     return pd.DataFrame(rows).sort_values(["model", "steps"], ignore_index=True)

@@ -56,6 +56,20 @@ def test_the_copy_is_whole_comes_from_this_interpreter_and_names_no_machine(fold
     nbformat.validate(notebook)
 
 
+@pytest.mark.parametrize("solutions", ["", "1"])
+def test_solutions_are_executed_only_where_that_is_asked_for(folder, workspace, monkeypatch, solutions):
+    monkeypatch.setenv("NBHELPERS_SOLUTIONS", solutions)
+    write_notebook(folder, "01_first", "x = 1", "x = 2", "print(x)")
+    written = nbformat.read(folder / "01_first.ipynb", as_version=4)
+    written.cells[-2].metadata.tags = ["solution"]
+    nbformat.write(written, folder / "01_first.ipynb")
+    notebook = folder / "01_first.ipynb"
+    with execution.Kernels({notebook: workspace / "failed" / "01_first.ipynb"}) as kernels:
+        executed = kernels.execute(notebook, {"profile": "smoke", "seed": 0, "overrides": ""})
+    assert executed.cells[-1].outputs[0].text == ("2\n" if solutions else "1\n")
+    assert execution.output_faults(executed) == []
+
+
 def test_an_error_and_a_dead_kernel_are_named_with_their_cell(folder, workspace):
     with pytest.raises(execution.NotebookError, match=r"^cell In \[5\]: KeyError: 'the\\nmatter'$"):
         execute(folder, workspace, "1 + 1", "raise KeyError('the\\nmatter')")

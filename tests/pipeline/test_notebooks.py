@@ -146,7 +146,11 @@ def run_smoke(root):
     """Run the pipeline with profile smoke from the command line, in two processes, started in another folder."""
     command = [sys.executable, "-P", "-m", "nbhelpers.pipeline", *OPTIONS]
     done = subprocess.run(
-        command, env=environment(NBHELPERS_ROOT=str(root)), cwd=root.parent, capture_output=True, text=True
+        command,
+        env=environment(NBHELPERS_ROOT=str(root), NBHELPERS_SOLUTIONS="1"),
+        cwd=root.parent,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     (root / "printed.txt").write_text(done.stdout)
