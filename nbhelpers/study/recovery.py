@@ -28,7 +28,7 @@ RECOVERY_FIELDS = (*TRAIN_FIELDS, "batch_size", "prefix_share")
 ALPHA, TEMPERATURE = 0.33, 2.0  # of the loss with which models recover
 FIRST_CUT = 0.65  # what gradual pruning removes at once
 GRADUAL_SHARE = 0.6  # of the steps, those over which it reaches its sparsity
-MASK_UPDATES = 30  # from the first cut to the sparsity
+MASK_UPDATES = 16  # at most, from the first cut to the sparsity
 SCAN_SHARE = 6  # a learning rate is tried for one sixth of the steps
 SCANNED = "taylor"  # the score whose recovery sets the learning rate of all
 CONTROL = "fine_tuned_extra"  # the dense model after as many steps of the same training
@@ -112,7 +112,7 @@ def make_keeper(run: Run, model, criterion: str, sparsity: float, pattern: str, 
 def gradual_keeper(model, scores, sparsity: float, steps: int, first: float, choose) -> masks.GradualKeeper:
     """Return a keeper that reaches a sparsity over ``GRADUAL_SHARE`` of so many optimizer steps."""
     pruning = min(math.ceil(GRADUAL_SHARE * steps), steps - 1)
-    every = max(1, pruning // MASK_UPDATES)
+    every = max(1, math.ceil(pruning / MASK_UPDATES))
     return masks.GradualKeeper(model, scores, sparsity, pruning, every=every, first=first, choose=choose)
 
 
