@@ -55,6 +55,7 @@ class Profile:
     scores: tuple[str, ...] = DEFAULT_SCORES  # recovered; these five and any more
     recovery_sparsities: tuple[float, ...] = (0.8, 0.9)
     main_sparsity: float = 0.9  # one of recovery_sparsities, which 04 converts and 06 compares
+    recipe: str = "rescored"  # of recovery: labels, taught, rescored or hidden (study.recovery.PARTS)
     recovery_epochs: float = 1.0  # passes over the training reviews
     recovery_learning_rates: tuple[float, ...] = (5e-4, 1e-3)  # the best after a sixth of a recovery is used
     budget_steps: tuple[int, ...] = ()  # lengths of the recoveries in the budget curve, or none
@@ -122,6 +123,7 @@ POSITIVE += ["temperatures", "max_grad_norm", "recovery_epochs"]
 RESCORED = ("magnitude", "movement", "gradient", "taylor", "random", "merged", "merged_majority", "merged_any")
 RESCORED += ("merged_mean_rank", "merged_normalised", "merged_with_taylor")
 PRUNERS = (*RESCORED, "fisher", "movement_first_order", "wanda", "sparsegpt")
+RECIPES = ("labels", "taught", "rescored", "hidden")
 OPTIONAL = ("comparators", "budget_steps")
 # Fields, the condition for each of their values, and how an error puts it.
 RULES = [
@@ -133,6 +135,7 @@ RULES = [
     (POSITIVE, lambda x: x > 0 and math.isfinite(x), "a positive number"),
     (["weight_decay"], lambda x: x >= 0 and math.isfinite(x), "a number of at least 0"),
     (["precision"], lambda x: x in ("auto", "no", "bf16"), "auto, no or bf16"),
+    (["recipe"], lambda x: x in RECIPES, f"one of {', '.join(RECIPES)}"),
     (["scores"], lambda x: x in RESCORED, f"of {', '.join(RESCORED)}"),
     (["comparators"], lambda x: x in PRUNERS, f"of {', '.join(PRUNERS)}"),
     # Bytes of a command line that are not UTF-8 arrive as lone surrogates, which no file of results could hold.
@@ -277,6 +280,8 @@ PROFILES = {
         validation_size=300,
         max_tokens=160,
         main_sparsity=0.8,
+        # In a hundred steps, scores taken again from batches cost a point; in a thousand they gain one.
+        recipe="taught",
         recovery_learning_rates=(2e-4, 5e-4),
         budget_steps=(10, 30),
         distill_epochs=3,

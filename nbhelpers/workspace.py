@@ -356,7 +356,7 @@ def rebuild(run: Run, name: str) -> str:
 MAKERS = {"scores": "02", "calibration": "02", "int8_student": "05"}
 MAKERS |= dict.fromkeys(("sparse", "compact", "blocks", "int8"), "04")
 MAKERS |= dict.fromkeys(
-    ("rates", "pruned", "labels", "taught", "recovered", "hidden", "structured", "fine_tuned_extra"), "03"
+    ("rates", "pruned", "labels", "taught", "rescored", "recovered", "hidden", "structured", "fine_tuned_extra"), "03"
 )
 MAKERS |= dict.fromkeys(("choice_rate", "choice_score"), "03")
 MAKERS |= dict.fromkeys(("student", "compressed", "choice_distillation", "choice_compressed"), "05")

@@ -142,7 +142,7 @@ def phases(run: Run, notebooks: set[str] | None = None) -> list[list[Cell]]:
         [Cell("choose-score", "03", lambda: choose_score(run))],
         [
             *of_scores(
-                "part", "03", [part for part in PARTS if part != "recovered"], lambda s, p: recover_part(run, s, p)
+                "part", "03", [part for part in PARTS if part != profile.recipe], lambda s, p: recover_part(run, s, p)
             ),
             *(
                 Cell(f"budget-{s.seed}-{arm}-{steps}", "03", lambda s=s, arm=arm, n=steps: extend_arm(run, s, arm, n))

@@ -201,11 +201,11 @@ def find(run: Run) -> dict:
     """Return what the study found: everything chosen on validation, every difference taken on the test reviews.
 
     leaders: at each sparsity the score that was best on validation, and its difference to the second; merge: the merge
-    against the best single criterion; comparator: Taylor against the best of the three and their merge (own); recovery:
-    of the best of all (best), accuracy on validation before and after; control: the dense model with and without the
-    extra steps; kept: the best against the control; further: the same at each higher sparsity, with the score that
-    leads there; budget: the best against the control after each number of steps; compressed: the smallest model that
-    validation accepted against the dense one.
+    against the best single criterion; comparator: Taylor against the best of the three and their merge (own);
+    recovery: accuracy of the best of all (best) on validation, before and after; control: the dense model with and
+    without the extra steps; kept: the best against the control; further: the same at each higher sparsity, with the
+    score that leads there; budget: the best against the control after each number of steps; compressed: the smallest
+    model that validation accepted against the dense one. family: the rows for whose number p_adjusted is adjusted.
     """
     curves, main = run.load_table("curves"), run.profile.main_sparsity
     mean = curves[curves["split"] == "validation"].groupby(["stage", "sparsity", "criterion"])["accuracy"].mean()

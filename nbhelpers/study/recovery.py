@@ -55,13 +55,22 @@ class Recovery:
     hidden: bool = False
 
 
-# The recipe, part by part: the stage of each model's name, and what it has.
+# The recipe, part by part: what each has beside the part before.
 PARTS = {
     "labels": {"teacher": False, "rescored": False},
     "taught": {"rescored": False},
-    "recovered": {},
+    "rescored": {},
     "hidden": {"hidden": True},
 }
+
+
+def recovery_for(run: Run, stage: str, steps: int) -> Recovery:
+    """Return how the models of a stage recover: a key of ``PARTS``, or any other, which has the profile's recipe.
+
+    Whole heads and neurons are always pruned step by step: their scores are means, which few batches give well enough.
+    """
+    part = {"structured": "rescored"}.get(stage, stage if stage in PARTS else run.profile.recipe)
+    return Recovery(steps or full_steps(run), **PARTS[part])
 
 
 def full_steps(run: Run) -> int:
@@ -159,7 +168,7 @@ def scan_rates(run: Run, name: str) -> pd.DataFrame:
     name: "pruned", for which ``SCANNED`` is recovered at the main sparsity, or "control", the dense model. Each is
     trained for a sixth of a recovery. Returns one row per rate: name, learning_rate, steps, accuracy (validation).
     """
-    short = Recovery(max(2, full_steps(run) // SCAN_SHARE))
+    short = recovery_for(run, "rates", max(2, full_steps(run) // SCAN_SHARE))
 
     def build(target):
         rows = []
@@ -177,8 +186,8 @@ def scan_rates(run: Run, name: str) -> pd.DataFrame:
 
     build_scores(run, (SCANNED,))
     settings = pick(run.profile, *RECOVERY_FIELDS, "recovery_learning_rates", "main_sparsity", seed=run.seed)
-    inputs = ("fine_tuned", f"scores_{SCANNED}")
-    run.cached(f"rates_{name}", settings | {"steps": short.steps}, build, inputs, made_by="03")
+    inputs = ("pretrained", "fine_tuned", f"scores_{SCANNED}")
+    run.cached(f"rates_{name}", settings | dataclasses.asdict(short), build, inputs, made_by="03")
     table = pd.DataFrame(json.loads((run.folder(f"rates_{name}") / RATES).read_text(encoding="utf-8")))
     decide(run, f"rate_{name}", table, made_by="03")
     return table
@@ -192,12 +201,12 @@ def recover_model(
 ) -> dict:
     """Artefact ``<stage>_<criterion>_<percent>``: pruned, and trained further with its zeros held.
 
-    stage: a key of ``PARTS``, or another name for the whole recipe; pattern: see ``chooser``; steps: another number
-    than that of the profile, which the name then ends in. Returns a dict: model, seed, criterion, sparsity (reached),
-    steps, accuracy (validation), and how many pruned weights revived (0). Raises ``WorkspaceError`` where no learning
-    rate has been decided (``scan_rates``).
+    stage: see ``recovery_for``; pattern: see ``chooser``; steps: another number than that of the profile, in which the
+    name then ends. Returns a dict: model, seed, criterion, sparsity (reached), steps, accuracy (validation), and how
+    many pruned weights revived (0). Raises ``WorkspaceError`` where no learning rate has been decided
+    (``scan_rates``).
     """
-    recovery = Recovery(steps or full_steps(run), **PARTS.get(stage, {}))
+    recovery = recovery_for(run, stage, steps)
     name = with_steps(model_name(stage, criterion, sparsity), steps)
     rate = recovery_rate(run, "pruned")
 
@@ -226,7 +235,8 @@ def train_control(run: Run, steps: int = 0) -> float:
 
     Returns its validation accuracy; steps: see ``recover_model``.
     """
-    recovery, rate, name = Recovery(steps or full_steps(run)), recovery_rate(run, "control"), with_steps(CONTROL, steps)
+    recovery = recovery_for(run, CONTROL, steps)
+    rate, name = recovery_rate(run, "control"), with_steps(CONTROL, steps)
 
     def build(target):
         model = on_device(run, "fine_tuned")
@@ -306,8 +316,9 @@ def structured_sparsities(run: Run) -> tuple[float, ...]:
 def recover_in_parts(run: Run) -> dict[str, str]:
     """Recover the best score at the main sparsity with each of ``PARTS``, of all seeds; returns the names by part."""
     pair, names = (best_score(run), run.profile.main_sparsity), {}
+    stages = {part: "recovered" if part == run.profile.recipe else part for part in PARTS}
     for seed_run in runs_of(run):
-        names |= {part: recover_model(seed_run, *pair, part)["model"] for part in PARTS}
+        names |= {part: recover_model(seed_run, *pair, stage)["model"] for part, stage in stages.items()}
     return names
 
 

@@ -156,7 +156,8 @@ def test_gradual_pruning_takes_its_scores_anew_from_weights_and_gradients(study)
 
 def test_all_parts_have_exactly_the_zeros_of_the_sparsity_and_the_same_steps(study):
     names = recovery.recover_in_parts(study.run)
-    assert names == {part: f"{part}_{study.best}_90" for part in ("labels", "taught", "recovered", "hidden")}
+    stages = {"labels": "labels", "taught": "taught", "rescored": "recovered", "hidden": "hidden"}
+    assert names == {part: f"{stage}_{study.best}_90" for part, stage in stages.items()}
     for run in inputs.runs_of(study.run):
         models = {part: run.load_model(name) for part, name in names.items()}
         for model in models.values():
