@@ -194,7 +194,7 @@ def test_the_readme_leads_with_thorough_once_it_has_a_finding(compared, workspac
     shutil.copytree(reports / "quick", reports / "thorough")
     command.main()
     first, second = path.read_text().split("### The default run")
-    assert "reports/thorough/figures/06_rivals.png" in first and "profile `thorough`, seeds 0 to 2" in first
+    assert "reports/thorough/figures/06_rivals.png" in first and "profile `thorough`, seeds 0 to 3" in first
     assert "The default run, profile `quick`, seed 0, a model of 6.97M parameters, " in second
     assert "| model | accuracy | sparsity | file, MB | speed-up | p |" in second and "reports/" not in second
 
