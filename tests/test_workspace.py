@@ -200,7 +200,11 @@ def test_data_are_not_loaded_as_a_model(run):
     [
         ("01", "pretrained fine_tuned choice_tfidf"),
         ("02", "scores_movement calibration"),
-        ("03", "fine_tuned_extra_steps_9 recovered_merged_90 structured_merged_50 hidden_merged_90 choice_score choice_rate_control"),
+        (
+            "03",
+            "fine_tuned_extra_steps_9 recovered_merged_90 structured_merged_50 hidden_merged_90 choice_score "
+            "choice_rate_control",
+        ),
         ("04", "sparse_magnitude_90 compact_merged_50"),
         ("05", "student_distilled_2 compressed_1 choice_distillation choice_compressed"),
     ],

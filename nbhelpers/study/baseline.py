@@ -89,20 +89,32 @@ def fit_to_probabilities(pipeline: Pipeline, texts: list[str], positive: np.ndar
     return pipeline
 
 
-@functools.lru_cache(maxsize=4)
-def fit_tfidf(run: Run, taught: bool = False) -> Pipeline:
-    """Tune TF-IDF and logistic regression, and fit them on the training reviews of a run, once per process.
+def tuned_pipeline(run: Run) -> Pipeline:
+    """Return TF-IDF and logistic regression with the settings that suit the training reviews best, not fitted."""
+    tune_tfidf(run)
+    chosen = read_choice(run, "tfidf")
+    return make_pipeline(make_vectorizer(chosen["words"]), make_classifier(chosen["c"]))
 
-    taught: fit them to the fine-tuned model's probabilities instead of the labels.
-    """
+
+@functools.lru_cache(maxsize=4)
+def fit_tfidf(run: Run) -> Pipeline:
+    """Tune TF-IDF and logistic regression, and fit them on the training reviews of a run, once per process."""
     part = reviews_of(run.profile, run.seed)["train"]
     with progress(None, "fitting TF-IDF with logistic regression"):
-        tune_tfidf(run)
-        chosen = read_choice(run, "tfidf")
-        pipeline = make_pipeline(make_vectorizer(chosen["words"]), make_classifier(chosen["c"]))
-        if taught:
-            return fit_to_probabilities(pipeline, part["text"][:], teacher_labels(run))
-        return pipeline.fit(part["text"][:], part["label"][:])
+        return tuned_pipeline(run).fit(part["text"][:], part["label"][:])
+
+
+@functools.lru_cache(maxsize=4)
+def fit_taught_tfidf(run: Run) -> Pipeline:
+    """Fit TF-IDF and logistic regression to the fine-tuned model's probabilities, once per process."""
+    texts = reviews_of(run.profile, run.seed)["train"]["text"][:]
+    with progress(None, "fitting TF-IDF to the teacher"):
+        return fit_to_probabilities(tuned_pipeline(run), texts, teacher_labels(run))
+
+
+def fit_counting(run: Run, name: str) -> Pipeline:
+    """Return a fitted model of ``COUNTING``."""
+    return fit_taught_tfidf(run) if name == "tfidf_taught" else fit_tfidf(run)
 
 
 COUNTING = ("tfidf", "tfidf_taught")  # models that count words: with the labels, and taught by the fine-tuned model
@@ -114,15 +126,14 @@ def tfidf_logits(run: Run, split: str, name: str = "tfidf") -> np.ndarray:
     On "test" only where ``predictions.open_test`` has declared it.
     """
     check_declared(run, name, split)
-    taught = name == "tfidf_taught"
+    inputs = ("teacher_logits",) if name == "tfidf_taught" else ()
 
     def build(target):
-        logits = fit_tfidf(run, taught).predict_log_proba(reviews_of(run.profile, run.seed)[split]["text"][:])
+        logits = fit_counting(run, name).predict_log_proba(reviews_of(run.profile, run.seed)[split]["text"][:])
         save_tensors(target.folder, {"logits": torch.from_numpy(logits)})
 
     settings = {part: reviews_fingerprint(run, part) for part in ("train", split)}
-    inputs = ("teacher_logits",) if taught else ()
-    if taught:
+    if inputs:
         teacher_logits(run)
     run.cached(f"logits_{name}_{split}", settings, build, inputs, made_by="01")
     return run.load_tensors(f"logits_{name}_{split}")["logits"].numpy()

@@ -22,6 +22,7 @@ from nbhelpers.study.pruning import pruned_logits, pruners
 from nbhelpers.study.recovery import (
     ARMS,
     PARTS,
+    budget_lengths,
     budget_seeds,
     choose_score,
     extend_arm,
@@ -146,7 +147,8 @@ def phases(run: Run, notebooks: set[str] | None = None) -> list[list[Cell]]:
             ),
             *(
                 Cell(f"budget-{s.seed}-{arm}-{steps}", "03", lambda s=s, arm=arm, n=steps: extend_arm(run, s, arm, n))
-                for steps in profile.budget_steps
+                for steps in budget_lengths(run)
+                if steps
                 for s in budget_seeds(run, steps)
                 for arm in ARMS
             ),

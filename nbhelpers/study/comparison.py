@@ -17,7 +17,7 @@ from nbhelpers.evaluation import (
 from nbhelpers.measurement import measure_inference_efficiency
 from nbhelpers.sparse import convert_to_sparse, count_actual_params
 from nbhelpers.study.artefacts import layer_count, model_bytes, model_name, training_effort
-from nbhelpers.study.baseline import COUNTING, CountingModel, fit_tfidf, tfidf_logits
+from nbhelpers.study.baseline import COUNTING, CountingModel, fit_counting, tfidf_logits
 from nbhelpers.study.choices import best_compressed, best_score
 from nbhelpers.study.conversion import converted_sparsities, int8_sources
 from nbhelpers.study.inputs import dataset, latency_batch, latency_reviews, reviews_of
@@ -87,7 +87,7 @@ def load_row(run: Run, name: str) -> torch.nn.Module:
     if name in COUNTING:
         texts = reviews_of(run.profile, run.seed)["test"]["text"]
         chosen = latency_reviews(run, run.profile.latency_batches[-1])
-        return CountingModel(fit_tfidf(run, name == "tfidf_taught"), [texts[i] for i in chosen])
+        return CountingModel(fit_counting(run, name), [texts[i] for i in chosen])
     if name.endswith(PACKED):
         return convert_to_sparse(run.load_model(name.removesuffix(PACKED)), "dense")
     return run.load_model(name)

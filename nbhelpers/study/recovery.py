@@ -37,6 +37,9 @@ RATES = "rates.json"
 ZEROS = "zeros.json"  # beside a recovered model: what was counted in its weights
 
 
+Tensors = dict[str, torch.Tensor]
+
+
 # --- the recipe ---
 
 
@@ -93,17 +96,18 @@ def chooser(model, pattern: str):
     return selection.select_within_bounds
 
 
-def rescorer(run: Run, model, criterion: str, start: dict[str, torch.Tensor], observed: RunningGradient):
-    """Return a function() -> scores of a model as it is now, with its gradients; before the first step, ``start``."""
+def rescorer(model, criterion: str, start: Tensors, observed: RunningGradient, pretrained: Tensors):
+    """Return a function() -> scores of a model as it is now, with its gradients; before the first step, ``start``.
+
+    pretrained: the weights before fine-tuning, for criteria that take them.
+    """
     weights = {name: weight.detach() for name, weight in prunable_weights(model).items()}
-    before = prunable_weights(on_device(run, "pretrained"))
-    statistics = {"pretrained": {name: weight.detach() for name, weight in before.items()}}
 
     def scores():
         if not observed.gradients:
             return start
         seen = dict.fromkeys(("mean_abs_gradient", "calibration_gradient"), observed.gradients)
-        return criteria.score(criterion, weights, statistics | seen)
+        return criteria.score(criterion, weights, {"pretrained": pretrained} | seen)
 
     return scores
 
@@ -114,7 +118,8 @@ def make_keeper(run: Run, model, criterion: str, sparsity: float, pattern: str, 
     if not recovery.rescored:
         return masks.MaskKeeper(model, choose(scores_of(run, criterion), sparsity)), ()
     observed = RunningGradient(model)
-    scores = rescorer(run, model, criterion, scores_of(run, criterion), observed)
+    before = {name: weight.detach() for name, weight in prunable_weights(on_device(run, "pretrained")).items()}
+    scores = rescorer(model, criterion, scores_of(run, criterion), observed, before)
     return gradual_keeper(model, scores, sparsity, recovery.steps, min(FIRST_CUT, sparsity), choose), (observed,)
 
 
@@ -137,7 +142,7 @@ def train_further(run: Run, model, recovery: Recovery, rate: float, description:
     return train(model, data, recipe, seed=run.seed, description=description, **options)
 
 
-def count_zeros(model, dropped: dict[str, torch.Tensor]) -> dict:
+def count_zeros(model, dropped: Tensors) -> dict:
     """Return the sparsity of a model, and how many of the weights that masks drop are not zero in it."""
     kept = {name: weight != 0 for name, weight in prunable_weights(model).items()}
     keeper = masks.MaskKeeper(model, dropped, apply=False)
@@ -159,6 +164,13 @@ def recover_in_place(run: Run, criterion: str, sparsity: float, pattern: str, re
     return model, history, counted
 
 
+def control_in_place(run: Run, recovery: Recovery, rate: float, target):
+    """Return the fine-tuned model after the training of a recovery without pruning, and its history."""
+    model = on_device(run, "fine_tuned")
+    title = f"dense control, {recovery.steps} steps, learning rate {rate:g}"
+    return model, train_further(run, model, recovery, rate, title, checkpoints=target.checkpoints(f"rate-{rate:g}"))
+
+
 # --- the learning rate ---
 
 
@@ -174,10 +186,7 @@ def scan_rates(run: Run, name: str) -> pd.DataFrame:
         rows = []
         for rate in run.profile.recovery_learning_rates:
             if name == "control":
-                model = on_device(run, "fine_tuned")
-                checkpoints = target.checkpoints(f"rate-{rate:g}")
-                title = f"dense control, {short.steps} steps, learning rate {rate:g}"
-                train_further(run, model, short, rate, title, checkpoints=checkpoints)
+                model, _ = control_in_place(run, short, rate, target)
             else:
                 model, *_ = recover_in_place(run, SCANNED, run.profile.main_sparsity, "weights", short, rate, target)
             accuracy = evaluate_accuracy(model, dataset(run, "validation"), **run.inference_options())
@@ -239,10 +248,7 @@ def train_control(run: Run, steps: int = 0) -> float:
     rate, name = recovery_rate(run, "control"), with_steps(CONTROL, steps)
 
     def build(target):
-        model = on_device(run, "fine_tuned")
-        title = f"dense control, {recovery.steps} steps, learning rate {rate:g}"
-        history = train_further(run, model, recovery, rate, title, checkpoints=target.checkpoints())
-        save_trained(model, history, target.folder)
+        save_trained(*control_in_place(run, recovery, rate, target), target.folder)
 
     settings = pick(run.profile, *RECOVERY_FIELDS, rate=rate, seed=run.seed) | dataclasses.asdict(recovery)
     run.cached(name, settings, build, ("fine_tuned",), kind="dense", made_by="03")

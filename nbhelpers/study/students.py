@@ -25,7 +25,7 @@ from nbhelpers.study.artefacts import (
 from nbhelpers.study.choices import decide, distillation_scales
 from nbhelpers.study.inputs import TRAIN_FIELDS, dataset, pick
 from nbhelpers.study.predictions import validation_accuracy, validator
-from nbhelpers.study.recovery import chooser, gradual_keeper
+from nbhelpers.study.recovery import chooser, gradual_keeper, rescorer
 from nbhelpers.study.scoring import calibration_rows
 from nbhelpers.study.teacher import teacher_data_and_loss
 from nbhelpers.training import recipe_for, train
@@ -147,13 +147,8 @@ def taylor_scores(run: Run, model) -> dict[str, torch.Tensor]:
 
 def compression_keeper(run: Run, model, steps: int):
     """Return the keeper that prunes a student to the main sparsity, by Taylor's scores, and the observer it needs."""
-    observed, start = RunningGradient(model), taylor_scores(run, model)
-    weights = {name: weight.detach() for name, weight in prunable_weights(model).items()}
-
-    def scores():
-        seen = {"calibration_gradient": observed.gradients}
-        return criteria.COMPARATORS["taylor"](weights, seen) if observed.gradients else start
-
+    observed = RunningGradient(model)
+    scores = rescorer(model, "taylor", taylor_scores(run, model), observed, {})  # Taylor takes no pretrained weights
     return gradual_keeper(model, scores, run.profile.main_sparsity, steps, 0.0, chooser(model, "weights")), observed
 
 

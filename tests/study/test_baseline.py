@@ -80,7 +80,7 @@ def test_the_test_reviews_are_used_only_after_tfidf_was_registered(run):
 
 def test_a_changed_constant_fits_it_anew_and_nothing_else_does(run, tmp_path, monkeypatch):
     fits, fit = [], baseline.fit_tfidf
-    monkeypatch.setattr(baseline, "fit_tfidf", lambda run, taught: fits.append(run) or fit(run, taught))
+    monkeypatch.setattr(baseline, "fit_tfidf", lambda run: fits.append(run) or fit(run))
 
     def ask():
         baseline.tfidf_logits(run, "validation")
