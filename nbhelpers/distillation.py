@@ -16,10 +16,11 @@ def distillation_loss(
 ) -> torch.Tensor:
     """Return alpha * CE(student, labels) + (1 - alpha) * T^2 * KL(teacher_T || student_T), all logits [rows, classes].
 
-    T^2 keeps the gradients of both terms on one scale as T grows (Hinton et al., 2015). weights: what each row counts
-    [rows], instead of the mean over all rows.
+    T^2 keeps the gradients of both terms on one scale as T grows (Hinton et al., 2015). A row of the label -100
+    (``data.UNLABELLED``) has the second term only. weights: what each row counts [rows], instead of the mean over all
+    rows.
     """
-    hard = nn.functional.cross_entropy(logits, labels, reduction="none")
+    hard = nn.functional.cross_entropy(logits, labels, reduction="none")  # 0 for -100, its ignore_index
     soft = nn.functional.kl_div(
         nn.functional.log_softmax(logits / t, -1),
         nn.functional.log_softmax(teacher_logits / t, -1),

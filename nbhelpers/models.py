@@ -27,8 +27,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
-from nbhelpers.data import reason_of
 from nbhelpers.profiles import Profile, local_path, shown
+from nbhelpers.reading import reason_of
 from nbhelpers.system.files import sha256
 
 # A new classification head is not in a language model's checkpoint; notebook 01 explains this warning.

@@ -63,6 +63,8 @@ class Profile:
 
     # distillation
     student_layers: tuple[int, ...] = (2, 1)
+    student_widths: tuple[float, ...] = ()  # shares of the block weights that go with heads and neurons, or none
+    transfer_size: int = 0  # reviews without labels that students learn from, at most
     distill_epochs: int = 1
     distill_learning_rate: float = 5e-4
     distill_batch_size: int = 16
@@ -116,7 +118,7 @@ COUNTS = ["max_tokens", "batch_size", "eval_batch_size", "epochs", "accumulation
 COUNTS += ["distill_batch_size", "embedding_rank", "compress_epochs", "scan_steps", "latency_repeats", "seeds"]
 COUNTS += ["validation_size", "test_size", "calibration_reviews"]
 SHARES = ["head_share", "warmup_share", "dropout", "alphas", "layer_decay", "prefix_share"]
-SPARSITIES = ["sparsities", "recovery_sparsities", "main_sparsity", "structured_sparsities"]
+SPARSITIES = ["sparsities", "recovery_sparsities", "main_sparsity", "structured_sparsities", "student_widths"]
 POSITIVE = ["learning_rate", "recovery_learning_rates", "distill_learning_rate", "compress_learning_rate"]
 POSITIVE += ["temperatures", "max_grad_norm", "recovery_epochs"]
 # Scores that can be taken again from the gradients of a training (``criteria.score``), and those that cannot.
@@ -124,11 +126,12 @@ RESCORED = ("magnitude", "movement", "gradient", "taylor", "random", "merged", "
 RESCORED += ("merged_mean_rank", "merged_normalised", "merged_with_taylor")
 PRUNERS = (*RESCORED, "fisher", "movement_first_order", "wanda", "sparsegpt")
 RECIPES = ("labels", "taught", "rescored", "hidden")
-OPTIONAL = ("comparators", "budget_steps")
+OPTIONAL = ("comparators", "budget_steps", "student_widths")
 # Fields, the condition for each of their values, and how an error puts it.
 RULES = [
     (COUNTS, lambda x: x >= 1, "a whole number of at least 1"),
     (["train_size"], lambda x: x >= 0, "a number of reviews, or 0 for all"),
+    (["transfer_size"], lambda x: x >= 0, "a number of reviews, or 0 for none"),
     (["student_layers", "latency_batches"], lambda x: x >= 1, "whole numbers of at least 1"),
     (SHARES, lambda x: 0 <= x <= 1, "a share between 0 and 1"),
     (SPARSITIES, lambda x: 0 < x < 1, "a sparsity above 0 and below 1"),
@@ -265,6 +268,8 @@ PROFILES = {
         seeds=2,
         structured_sparsities=(0.5,),
         student_layers=(1,),
+        student_widths=(0.5,),
+        transfer_size=24,
         temperatures=(2.0,),
         alphas=(0.5,),
         embedding_rank=4,
@@ -284,12 +289,14 @@ PROFILES = {
         recipe="taught",
         recovery_learning_rates=(2e-4, 5e-4),
         budget_steps=(10, 30),
-        distill_epochs=3,
+        transfer_size=3000,
         distill_learning_rate=1e-3,
+        compress_epochs=1,
         scan_steps=15,
     ),
-    # Sized for hours on two cores: four seeds and all labelled reviews matter more than many recovery steps, students
-    # of every seed, and the last tokens of the longest reviews.
+    # Sized for twelve hours on two cores that train 4,300 tokens a second each, 370 million in all. Four seeds, all
+    # labelled reviews and every score matter more there than the length of each recovery: the budget curve has longer
+    # ones, of the first seed.
     "thorough": Profile(
         name="thorough",
         validation_size=1000,
@@ -297,6 +304,7 @@ PROFILES = {
         max_tokens=384,
         sparsities=(0.5, 0.7, 0.8, 0.9, 0.95, 0.97),
         recovery_sparsities=(0.5, 0.8, 0.9, 0.95),
+        recovery_epochs=0.33,
         comparators=("random", "fisher", "movement_first_order", "wanda", "sparsegpt"),
         scores=(
             *DEFAULT_SCORES,
@@ -306,8 +314,9 @@ PROFILES = {
             "merged_normalised",
             "merged_with_taylor",
         ),
-        recovery_learning_rates=(2e-4, 5e-4, 1e-3),
-        budget_steps=(60, 330, 8000),
+        recovery_learning_rates=(5e-4, 1e-3),
+        budget_steps=(60, 1330, 4000),
+        student_widths=(0.75,),
         distill_epochs=2,
         temperatures=(1.0, 2.0, 4.0),
         alphas=(0.1, 0.5, 0.9),
@@ -333,7 +342,8 @@ PROFILES = {
         recovery_epochs=2.0,
         recovery_learning_rates=(2e-5, 5e-5, 1e-4),
         student_layers=(6, 3),
-        distill_epochs=3,
+        transfer_size=25000,
+        distill_epochs=2,
         distill_learning_rate=5e-5,
         distill_batch_size=16,
         temperatures=(1.0, 2.0, 4.0),

@@ -23,10 +23,11 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from nbhelpers.data import clean_text, tokenize
+from nbhelpers.data import tokenize
 from nbhelpers.evaluation import predict_logits
 from nbhelpers.models import load_dense, load_tokenizer
 from nbhelpers.profiles import Profile
+from nbhelpers.reading import clean_text
 from nbhelpers.sparse.storage import load_sparse
 from nbhelpers.system.code import code_fingerprint
 from nbhelpers.system.files import fingerprint, replace_folder, scratch_folder, sha256, write_text

@@ -215,3 +215,20 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+def numbered_reviews(per_class: int) -> pd.DataFrame:
+    """Reviews that name their class and number, so that their texts show a split's order."""
+    rows = [(f"{word} review number {i}", word) for i in range(per_class) for word in ("neg", "pos")]
+    return pd.DataFrame(rows, columns=["text", "label"])
+
+
+def write_csv(folder, table: pd.DataFrame, name: str = "reviews.csv"):
+    table.to_csv(folder / name, index=False)
+    return folder / name
+
+
+def profile_of(path, **overrides):
+    from nbhelpers.profiles import get_profile
+
+    return get_profile("smoke", **{"data": str(path), "train_size": 0} | overrides)

@@ -15,6 +15,7 @@ from nbhelpers.system.code import PACKAGE, find_file, imports_of
 ORDER = [
     "system",
     "profiles",
+    "reading",
     "data",
     "models",
     "selection",

@@ -21,11 +21,12 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 
-from nbhelpers.data import DataError, check_data
+from nbhelpers.data import check_data
 from nbhelpers.measurement import PeakMemory
 from nbhelpers.models import ModelError, check_model
 from nbhelpers.pipeline import execution, freshness, grid, promises
 from nbhelpers.profiles import ProfileError, get_profile, overrides_of
+from nbhelpers.reading import DataError
 from nbhelpers.report import chapters, page
 from nbhelpers.report.chapters import NOTEBOOKS, STAGES, Stage
 from nbhelpers.system.files import write_text

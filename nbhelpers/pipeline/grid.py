@@ -23,9 +23,9 @@ from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
-from nbhelpers.data import DataError
 from nbhelpers.models import ModelError, check_model
 from nbhelpers.profiles import ProfileError, get_profile, overrides_of
+from nbhelpers.reading import DataError
 from nbhelpers.study.cells import STAGES, phases, run_cell
 from nbhelpers.study.inputs import reviews_of
 from nbhelpers.training import distributed, mixed_precision

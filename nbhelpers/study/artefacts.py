@@ -14,8 +14,13 @@ HISTORY = "history.json"
 
 
 def model_name(stage: str, criterion: str, sparsity: float) -> str:
-    """Return ``recovered_magnitude_90`` and the like; tenths of a percent are kept where there are any."""
-    return f"{stage}_{criterion}_{f'{100 * sparsity:g}'.replace('.', 'p')}"
+    """Return ``recovered_magnitude_90`` and the like."""
+    return f"{stage}_{criterion}_{percent(sparsity)}"
+
+
+def percent(share: float) -> str:
+    """Return a share in percent as it stands in names; tenths are kept where there are any: 90, 97p5."""
+    return f"{100 * share:g}".replace(".", "p")
 
 
 def is_sparse(run: Run, name: str) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from nbhelpers.study.choices import decide, read_choice
 from nbhelpers.study.inputs import reviews_fingerprint, reviews_of
 from nbhelpers.study.predictions import check_declared
-from nbhelpers.study.teacher import teacher_logits
+from nbhelpers.study.teacher import taught_dataset, taught_splits, teacher_logits
 from nbhelpers.system.progress import progress
 from nbhelpers.workspace import Run, WorkspaceError, save_tensors
 
@@ -72,8 +72,9 @@ def tune_tfidf(run: Run) -> pd.Series:
 
 
 def teacher_labels(run: Run) -> np.ndarray:
-    """Return P(positive) [n] that the fine-tuned model gives the training reviews."""
-    last = torch.stack([logits[-1] for logits in teacher_logits(run)]).float()
+    """Return P(positive) [n] that the fine-tuned model gives the reviews that students learn from."""
+    logits = taught_dataset(run, taught_splits(run)).teacher_logits
+    last = torch.stack([tokens[-1] for tokens in logits]).float()
     return last.softmax(-1)[:, 1].numpy()
 
 
@@ -107,7 +108,8 @@ def fit_tfidf(run: Run) -> Pipeline:
 @functools.lru_cache(maxsize=4)
 def fit_taught_tfidf(run: Run) -> Pipeline:
     """Fit TF-IDF and logistic regression to the fine-tuned model's probabilities, once per process."""
-    texts = reviews_of(run.profile, run.seed)["train"]["text"][:]
+    reviews = reviews_of(run.profile, run.seed)
+    texts = [text for split in taught_splits(run) for text in reviews[split]["text"]]
     with progress(None, "fitting TF-IDF to the teacher"):
         return fit_to_probabilities(tuned_pipeline(run), texts, teacher_labels(run))
 
@@ -126,15 +128,16 @@ def tfidf_logits(run: Run, split: str, name: str = "tfidf") -> np.ndarray:
     On "test" only where ``predictions.open_test`` has declared it.
     """
     check_declared(run, name, split)
-    inputs = ("teacher_logits",) if name == "tfidf_taught" else ()
+    taught = taught_splits(run) if name == "tfidf_taught" else ()
 
     def build(target):
         logits = fit_counting(run, name).predict_log_proba(reviews_of(run.profile, run.seed)[split]["text"][:])
         save_tensors(target.folder, {"logits": torch.from_numpy(logits)})
 
     settings = {part: reviews_fingerprint(run, part) for part in ("train", split)}
-    if inputs:
-        teacher_logits(run)
+    for part in taught:
+        teacher_logits(run, part)
+    inputs = tuple(f"teacher_logits_{part}" for part in taught)
     run.cached(f"logits_{name}_{split}", settings, build, inputs, made_by="01")
     return run.load_tensors(f"logits_{name}_{split}")["logits"].numpy()
 

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from nbhelpers.profiles import Profile
-from nbhelpers.study.choices import best_score, distillation_scales
+from nbhelpers.study.choices import best_score
 from nbhelpers.study.comparison import LINES, open_test_part
 from nbhelpers.study.conversion import block_model
 from nbhelpers.study.fine_tuning import finetune_model
@@ -45,9 +45,10 @@ from nbhelpers.study.students import (
     scan_student,
     scan_trials,
     student_names,
+    student_shapes,
     student_variants,
 )
-from nbhelpers.study.teacher import teacher_logits
+from nbhelpers.study.teacher import taught_splits, teacher_logits
 from nbhelpers.workspace import Run, WorkspaceError
 
 # --- what a cell computes, where it is more than one call ---
@@ -61,7 +62,8 @@ def scores_in(profile: Profile) -> tuple[str, ...]:
 def score_seed(seed_run: Run) -> None:
     """Make all scores of a seed, and what later cells share: the dense model's logits."""
     build_scores(seed_run, scores_in(seed_run.profile))
-    teacher_logits(seed_run)
+    for split in taught_splits(seed_run):
+        teacher_logits(seed_run, split)
     split_logits(seed_run, "fine_tuned", "validation")
 
 
@@ -135,7 +137,7 @@ def phases(run: Run, notebooks: set[str] | None = None) -> list[list[Cell]]:
                 Cell(
                     f"student-{first}-{v}-{n}",
                     "05",
-                    lambda v=v, n=n: distil_variant(run, v, n, *distillation_scales(run)),
+                    lambda v=v, n=n: distil_variant(run, v, n),
                 )
                 for v, n in student_variants(profile)
             ),
@@ -160,7 +162,7 @@ def phases(run: Run, notebooks: set[str] | None = None) -> list[list[Cell]]:
             Cell(f"blocks-{first}", "04", lambda: block_model(run, best_score(run), profile.main_sparsity)),
             *(
                 Cell(f"compress-{first}-{n}", "05", lambda n=n: compress_student(run, n))
-                for n in profile.student_layers
+                for n in student_shapes(profile)
             ),
         ],
         [Cell("choose-compressed", "05", lambda: choose_compressed(run))],

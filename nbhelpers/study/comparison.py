@@ -33,7 +33,7 @@ from nbhelpers.study.recovery import (
     with_steps,
 )
 from nbhelpers.study.scoring import MAIN
-from nbhelpers.study.students import student_names
+from nbhelpers.study.students import distilled_names, student_names
 from nbhelpers.workspace import Run
 
 COST = ["latency_ms", "latency_low_ms", "latency_high_ms", "speedup", "speedup_packed", "peak_memory_bytes"]
@@ -43,7 +43,7 @@ LINES = ("fine_tuned", CONTROL)  # the dense model, and the same with the steps 
 
 def packed_models(run: Run) -> list[str]:
     """Return the dense models that are also timed packed: the fine-tuned one, and the students."""
-    return ["fine_tuned", *(f"student_distilled_{layers}" for layers in run.profile.student_layers)]
+    return ["fine_tuned", *distilled_names(run.profile)]
 
 
 def compared_models(run: Run) -> list[str]:

@@ -3,8 +3,9 @@
 import functools
 
 import torch
+from datasets import DatasetDict
 
-from nbhelpers.data import IMDbDataset, load_reviews, pad
+from nbhelpers.data import IMDbDataset, load_reviews, load_transfer, pad
 from nbhelpers.models import load_tokenizer
 from nbhelpers.profiles import Profile
 from nbhelpers.system.files import fingerprint
@@ -28,8 +29,10 @@ def runs_of(run: Run) -> list[Run]:
 
 @functools.lru_cache(maxsize=8)
 def reviews_of(profile: Profile, seed: int):
-    """Return ``load_reviews``, once per process."""
-    return load_reviews(profile, seed)
+    """Return ``load_reviews``, and as the split "transfer" ``load_transfer`` if there are any; once per process."""
+    reviews = load_reviews(profile, seed)
+    transfer = load_transfer(profile, seed) if profile.transfer_size else []
+    return DatasetDict(reviews | {"transfer": transfer}) if len(transfer) else reviews
 
 
 @functools.lru_cache(maxsize=8)

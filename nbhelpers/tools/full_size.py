@@ -18,9 +18,9 @@ from pathlib import Path
 import pandas as pd
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from nbhelpers.data import read_movie_reviews
 from nbhelpers.models import load_tokenizer
 from nbhelpers.profiles import get_profile
+from nbhelpers.reading import read_movie_reviews
 from nbhelpers.system.machine import versions
 from nbhelpers.tools.benchmark import MODELS
 

@@ -28,8 +28,8 @@ from tokenizers import ByteLevelBPETokenizer
 from torch.nn.utils import clip_grad_norm_
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
-from nbhelpers.data import clean_text, read_movie_reviews
 from nbhelpers.models import MINI
+from nbhelpers.reading import clean_text, read_movie_reviews
 from nbhelpers.study.forgetting import bits_per_byte, encode
 from nbhelpers.system.files import replace_folder
 from nbhelpers.system.machine import processor

@@ -102,7 +102,7 @@ def test_listed_commands_run_and_the_next_finds_what_the_last_left(workspace, ca
         grid.main(commands[names.index(name)][3:])
         assert capsys.readouterr().out.startswith(f"{name} ")
     made = {record["name"] for record in open_run(get_profile("smoke"), 1).records()}
-    assert {"fine_tuned", "scores_merged", "teacher_logits"} <= made
+    assert {"fine_tuned", "scores_merged", "teacher_logits_train"} <= made
 
 
 @pytest.mark.parametrize(

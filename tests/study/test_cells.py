@@ -41,7 +41,7 @@ def test_cells_and_phases_of_smoke():
         ["choose-distillation"],
         ["control-0", "control-1", *(f"recover-{score}-0.9" for score in scores), *small],
         ["choose-score"],
-        [*parts, *budget, "structured-0-0.5", "structured-1", "blocks-0", "compress-0-1"],
+        [*parts, *budget, "structured-0-0.5", "structured-1", "blocks-0", "compress-0-1", "compress-0-width_50"],
         ["choose-compressed"],
         ["open-test"],
         ["evaluate-dense-0", "evaluate-dense-1", *(f"evaluate-{score}" for score in scores)],

@@ -63,6 +63,7 @@ def test_compared_are_the_models_of_all_notebooks_in_their_order_packed_ones_and
         *students.student_names(study.run.profile),
         "fine_tuned_packed",
         "student_distilled_1_packed",
+        "student_distilled_width_50_packed",
         "tfidf",
         "tfidf_taught",
     ]
@@ -89,8 +90,9 @@ def test_the_comparison_has_a_row_per_model_and_the_columns_of_the_contract(stud
     trained = table[["train_steps", "train_tokens"]].T
     assert trained[recovered].tolist() == trained[sparse].tolist() == trained["fine_tuned_extra"].tolist()
     assert trained[recovered]["train_steps"] == 3 and 0 < trained[recovered]["train_tokens"] < tokens
-    assert trained["student_distilled_1"].tolist() == [3, tokens], "48 reviews in batches of 16"
-    assert trained["compressed_1"].tolist() == [6, 2 * tokens], "its own steps after those of the student"
+    read = tokens + sum(map(len, inputs.dataset(run, "transfer").input_ids))
+    assert trained["student_distilled_1"].tolist() == [5, read], "48 reviews and 24 without labels in batches of 16"
+    assert trained["compressed_1"].tolist() == [10, 2 * read], "its own steps after those of the student"
     for name in comparison.compared_models(run):
         answers, dense = right(run, name, seeds=1), right(run, "fine_tuned")
         assert table.loc[name, "accuracy"] == pytest.approx(answers.mean())

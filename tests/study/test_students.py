@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from nbhelpers.data import UNLABELLED
 from nbhelpers.models import blocks, create_student, prunable_weights
 from nbhelpers.profiles import get_profile
-from nbhelpers.sparse import FactorizedEmbedding, Int8Embedding, SparseLinear, count_actual_params
-from nbhelpers.study import choices, inputs, predictions, students
+from nbhelpers.sparse import FactorizedEmbedding, Int8Embedding, SparseLinear, convert_to_sparse, count_actual_params
+from nbhelpers.study import choices, inputs, predictions, students, teacher
 from nbhelpers.study.scoring import calibration_rows
 from nbhelpers.training import recipe_for, train
 from nbhelpers.workspace import open_run
@@ -27,23 +28,26 @@ def small(study):
 
 def test_students_have_fewer_layers_and_follow_the_best_of_the_scan(study):
     table = students.distil_all(study.run)
-    assert table["model"].tolist() == [f"student_{v}_1" for v in ("distilled", "labels_only", "direct")]
-    assert table["layers"].tolist() == [1, 1, 1]
-    assert table["alpha"].tolist() == [0.5, 1.0, 1.0]
-    assert table["start"].tolist() == ["fine_tuned", "fine_tuned", "pretrained"]
-    assert table["steps"].tolist() == [3, 3, 6], "the direct one is trained as long as the others and their compression"
+    names = ["distilled_1", "labels_only_1", "direct_1", "distilled_width_50"]
+    assert table["model"].tolist() == [f"student_{name}" for name in names]
+    assert table["layers"].tolist() == [1, 1, 1, 2]
+    assert table["alpha"].tolist() == [0.5, 1.0, 1.0, 0.5]
+    assert table["start"].tolist() == ["fine_tuned", "fine_tuned", "pretrained", "fine_tuned"]
+    # 48 labelled reviews and 24 without labels, 16 in a batch; the direct one is trained as long as the others and
+    # their compression.
+    assert table["steps"].tolist() == [5, 5, 10, 5]
     for row in table.itertuples():
-        assert len(blocks(study.run.load_model(row.model))) == 1
+        assert len(blocks(study.run.load_model(row.model))) == row.layers
         assert row.accuracy == predictions.validation_accuracy(study.run, row.model)
 
 
 @pytest.mark.parametrize(
-    ("variant", "start", "epochs"), [("labels_only", "fine_tuned", 1), ("direct", "pretrained", 2)]
+    ("variant", "start", "steps"), [("labels_only", "fine_tuned", 5), ("direct", "pretrained", 10)]
 )
-def test_a_student_without_a_teacher_is_the_one_that_plain_training_gives(study, variant, start, epochs):
+def test_a_student_without_a_teacher_is_the_one_that_plain_training_gives(study, variant, start, steps):
     run = study.run
     student = create_student(run.load_model(start), 1, run.seed)
-    recipe = dataclasses.replace(recipe_for(run.profile, "distill"), epochs=epochs)
+    recipe = dataclasses.replace(recipe_for(run.profile, "distill"), steps=steps)
     train(student, inputs.dataset(run, "train"), recipe, seed=run.seed, validate=predictions.validator(run))
     saved = run.load_model(f"student_{variant}_1").state_dict()
     # alpha = 1 leaves the soft term out but computes it: no more than rounding is between the two.
@@ -60,6 +64,42 @@ def test_the_scan_decides_alpha_and_temperature(workspace, monkeypatch):
     run = open_run(get_profile("smoke", alphas=(0.1, 0.5), temperatures=(1.0, 4.0)))
     assert len(students.scan_distillation(run)) == 4
     assert choices.distillation_scales(run) == (0.1, 4.0), "the first of the best"
+
+
+def test_a_narrow_student_has_lost_whole_heads_and_neurons(study):
+    model = study.run.load_model("student_distilled_width_50")
+    assert count_actual_params(model)["encoder_sparsity"] == pytest.approx(0.5, abs=0.03)
+    smaller = convert_to_sparse(model, "dense")
+    sizes = [sum(p.numel() for n, p in m.named_parameters() if ".h." in n) for m in (smaller, model)]
+    assert sizes[0] < 0.6 * sizes[1], "its matrices are smaller once it is converted"
+
+
+def test_students_learn_from_labels_where_there_are_any_and_from_the_teacher_everywhere(study):
+    run = study.run
+    data, loss = teacher.teacher_data_and_loss(run, 0.5, 2.0, splits=("train", "transfer"))
+    labels = [int(label) for label in inputs.reviews_of(run.profile, run.seed)["train"]["label"]]
+    assert data.labels.tolist() == labels + [UNLABELLED] * 24
+    model = run.load_model("student_distilled_1")
+    dense = run.load_model("fine_tuned")
+    for i in (0, 50):
+        ids = torch.tensor([data.input_ids[i]])
+        with torch.no_grad():
+            logits = model(ids, output_hidden_states=True).hidden_states[-1]
+            logits, taught = (
+                model.score(logits)[0],
+                dense.score(dense(ids, output_hidden_states=True).hidden_states[-1])[0],
+            )
+            soft = 4 * ((taught / 2).softmax(-1) * ((taught / 2).log_softmax(-1) - (logits / 2).log_softmax(-1))).sum(
+                -1
+            )
+            hard = -logits.log_softmax(-1)[:, labels[0]] if i == 0 else torch.zeros(len(soft))
+            n = len(soft)
+            place = torch.arange(1, n + 1) / n
+            weights = 0.5 * place / place.sum()
+            weights[-1] += 0.5
+            batch = {"input_ids": ids, "lengths": torch.tensor([n]), "labels": torch.tensor([data.labels[i]])}
+            found = loss(model, batch | {"teacher_logits": data.teacher_logits[i][None]})
+        torch.testing.assert_close(found, (weights * (0.5 * hard + 0.5 * soft)).sum(), rtol=5e-3, atol=1e-4)
 
 
 # --- compressed in every way ---
@@ -84,9 +124,10 @@ def test_the_model_is_shallow_sparse_low_rank_and_int8(study, small):
 
 def test_the_steps_are_those_of_the_files_and_their_accuracy(study):
     run, steps = study.run, students.compress_all(study.run)
-    assert steps["step"].tolist() == ["fine-tuned", "distilled", "pruned, low-rank embedding", "int8"]
-    assert steps["model"].tolist() == ["fine_tuned", "compressed_1", "compressed_1", "compressed_1"]
-    assert steps["layers"].tolist() == [2, 1, 1, 1]
+    assert steps["step"].tolist() == ["fine-tuned", *(2 * ["distilled", "pruned, low-rank embedding", "int8"])]
+    assert steps["model"].tolist() == ["fine_tuned", *(3 * ["compressed_1"]), *(3 * ["compressed_width_50"])]
+    assert steps["layers"].tolist() == [2, 1, 1, 1, 2, 2, 2]
+    steps = steps.head(4)
     assert steps["file_bytes"].iloc[-1] == (run.folder("compressed_1") / "sparse.safetensors").stat().st_size
     assert steps["file_bytes"].is_monotonic_decreasing
     assert steps["file_bytes"].iloc[0] > 10 * steps["file_bytes"].iloc[-1]
@@ -108,7 +149,7 @@ def test_a_student_is_pruned_by_weight_times_gradient_step_by_step_to_the_main_s
     count = len(calibration_rows(run, run.profile.calibration_reviews)[0])
     for name, total in sums.items():
         torch.testing.assert_close(found[name].double(), total / count, rtol=1e-4, atol=1e-9)
-    keeper, observed = students.compression_keeper(run, model, steps=10)
+    keeper, observed = students.taylor_keeper(run, model, run.profile.main_sparsity, steps=10)
     dropped = []
     for _ in range(7):
         for weight in weights.values():

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from nbhelpers import data, models
+from nbhelpers import models, reading
 from nbhelpers.study.forgetting import bits_per_byte
 from nbhelpers.tools import pretrain
 from nbhelpers.tools.pretrain import FusedCrossEntropy, learning_rate_factor, windows
@@ -141,10 +141,10 @@ def test_texts_are_cleaned_distinct_and_none_of_them_is_labelled(few_labelled, t
 
 
 def test_held_out_texts_are_two_hundred_cleaned_ones_evenly_spaced():
-    texts, everything = pretrain.held_out_texts(), data.read_movie_reviews()["text"]
+    texts, everything = pretrain.held_out_texts(), reading.read_movie_reviews()["text"]
     assert len(texts) == len(set(texts)) == pretrain.HELD_OUT == 200
-    assert texts[3] == data.clean_text(everything[375])
-    assert texts[-1] == data.clean_text(everything[199 * 125])
+    assert texts[3] == reading.clean_text(everything[375])
+    assert texts[-1] == reading.clean_text(everything[199 * 125])
 
 
 def test_the_tokenizer_is_lossless_on_any_text_and_has_separate_special_tokens(tokenizer, corpus):
