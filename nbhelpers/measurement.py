@@ -91,17 +91,6 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-@contextlib.contextmanager
-def with_threads(count: int) -> Iterator[None]:
-    """Let torch compute with ``count`` threads inside the block; the sparse kernels use the same number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 # --- memory ---
 
 

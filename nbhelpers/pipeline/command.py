@@ -18,7 +18,6 @@ from pathlib import Path
 
 import nbformat
 import psutil
-import torch
 from filelock import FileLock, Timeout
 
 from nbhelpers.data import check_data
@@ -29,16 +28,17 @@ from nbhelpers.profiles import ProfileError, get_profile, overrides_of
 from nbhelpers.reading import DataError
 from nbhelpers.report import chapters, page
 from nbhelpers.report.chapters import NOTEBOOKS, STAGES, Stage
+from nbhelpers.study.work import Rates
 from nbhelpers.system.files import write_text
 from nbhelpers.system.machine import cores
 from nbhelpers.workspace import Run, WorkspaceError, open_run
 
 PARAMETERS = ("profile", "seed", "overrides")
 
-# TFLOP of a whole run of a profile as defined, and the minutes that do not depend on how fast products are.
-# What a machine of so many GFLOP/s took, turned into products: training a model this small is not all products, so it
-# is more than the model's own FLOPs. thorough: --jobs 2, from a smaller model's run. gpt2: from its FLOPs, not run.
-WORK = {"smoke": (0.0, 1.5), "quick": (215.0, 2.0), "thorough": (2_150.0, 30.0), "gpt2": (60_000.0, 20.0)}
+# Seconds that a notebook takes beside the computations before it, as measured with profile quick where one process
+# judges so many tokens a second.
+OWN_SECONDS = {"01": 25, "02": 20, "03": 25, "04": 90, "05": 45, "06": 90}
+OWN_JUDGED = 13_000
 
 
 class PipelineError(Exception):
@@ -69,7 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--from", dest="first", metavar="03", help="this notebook and all after it")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the profile; repeatable")
     add("--force", action="store_true", help="compute again what is up to date")
-    add("--jobs", type=int, default=1, metavar="N", help="compute what is heavy in N processes first (default 1: no)")
+    add("--jobs", type=int, metavar="N", help="how many processes compute at a time (default: as many as fit)")
     add("--list", action="store_true", help="say what is fresh, stale or missing, and run nothing")
     options = parser.parse_args(arguments)
     check_options(options)
@@ -78,7 +78,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise ``PipelineError`` for options that do not go together."""
-    if options.jobs < 1:
+    if options.jobs is not None and options.jobs < 1:
         raise PipelineError(f"--jobs must be a whole number of at least 1 (got {options.jobs})")
     if options.only and options.first:
         raise PipelineError("--only and --from exclude each other")
@@ -116,7 +116,7 @@ def command(options: argparse.Namespace, *more: str) -> str:
     words += ["--seed", str(options.seed)] if options.seed else []
     words += [word for pair in options.set for word in ("--set", pair)]
     words += ["--force"] if options.force else []
-    words += ["--jobs", str(options.jobs)] if options.jobs > 1 else []
+    words += ["--jobs", str(options.jobs)] if options.jobs else []
     return shlex.join([*words, *more])
 
 
@@ -168,29 +168,15 @@ def check_needs(run: Run, selected: list[Stage], known: dict[str, Stage], option
             )
 
 
-def measure_gflops(seconds: float = 0.3, size: int = 1024) -> float:
-    """Return GFLOP/s of a square fp32 matrix product on the device that would train."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(size, size, device=device)
-    (a @ a).sum().item()
-    count, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        (a @ a).sum().item()
-        count += 1
-    return count * 2 * size**3 / (time.perf_counter() - started) / 1e9
+def in_words(seconds: float) -> str:
+    """Return a time as it is promised: in minutes, or from two hours on in hours."""
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes} minute{'s' * (minutes > 1)}" if minutes < 120 else f"{minutes / 60:.0f} hours"
 
 
-def describe_machine(profile: str) -> str:
-    """Return what this machine is, and how many minutes a whole run of the profile as defined takes on it."""
-    speed = measure_gflops()
-    memory = psutil.virtual_memory().total / 2**30
-    work, fixed = WORK.get(profile, (0.0, 0.0))
-    minutes = fixed + work * 1e3 / speed / 60
-    took = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
-    return (
-        f"machine: {cores()} cores, {memory:.0f} GiB of memory, {speed:,.0f} GFLOP/s in fp32 products; "
-        f"all notebooks of profile {profile} as defined take about {took} here"
-    )
+def own_seconds(due: list[Stage], rates: Rates) -> float:
+    """Return how long notebooks take once all that is heavy has been computed."""
+    return sum(OWN_SECONDS.get(stage.number, 0) for stage in due) * OWN_JUDGED / rates.judged
 
 
 # --- one stage ---
@@ -226,23 +212,43 @@ def run_stage(run: Run, stage: Stage, kernels: execution.Kernels, notebooks: Pat
     return f"{minutes:5.1f} min  {memory.peak / 1e9:5.1f} GB   {promises.count_written(run, started)}"
 
 
-# --- the grid ---
+# --- what is heavy ---
 
 
-def compute_cells(run: Run, options: argparse.Namespace, due: list[Stage]) -> None:
-    """Compute the cells of the notebooks that are about to run, ``--jobs`` at a time, so that these find them."""
-    numbers = {stage.number for stage in due}
-    count = sum(map(len, grid.phases(run, numbers)))
-    if not count:
+def announce(run: Run, due: list[Stage], jobs: int) -> tuple[Rates, float]:
+    """Measure this machine and say how long the notebooks take; returns its rates, and the seconds of their cells."""
+    rates = grid.measure_speed(run, jobs)
+    phases = grid.phases(run, {stage.number for stage in due})
+    seconds = sum(grid.seconds_of(phase, rates, jobs) for phase in phases)
+    memory = psutil.virtual_memory().total / 2**30
+    print(
+        f"machine: {cores()} cores, {memory:.0f} GiB of memory; {jobs} at a time, each trains {rates.trained:,.0f} and "
+        f"judges {rates.judged:,.0f} tokens a second: about {in_words(seconds + own_seconds(due, rates))}",
+        flush=True,
+    )
+    return rates, seconds
+
+
+def compute_cells(run: Run, options: argparse.Namespace, due: list[Stage], jobs: int) -> None:
+    """Say how long the notebooks take, and compute their cells, ``jobs`` at a time, so that these find them.
+
+    One at a time, a notebook computes them as well itself.
+    """
+    rates, expected = announce(run, due, jobs)
+    if jobs == 1 or not expected:
         return
-    print(f"{count} heavy computations first, {options.jobs} at a time; the notebooks then find them", flush=True)
     again = f"go on with: {command(options, *selection(options))}"
+    started = time.time()
     try:
-        grid.run_grid(run, options.jobs, numbers)
+        for _ in grid.run_grid(run, jobs, {stage.number for stage in due}, rates):
+            pass
     except KeyboardInterrupt:
         raise PipelineError(f"interrupted before the first notebook; {again}", code=130) from None
     except grid.GridError as error:
         raise PipelineError(f"{error}\n{again}", code=1) from error
+    took = time.time() - started
+    left = own_seconds(due, rates) * max(0.5, took / expected)  # less where much was there already
+    print(f"{'computations':22} {took / 60:5.1f} min; about {in_words(left)} left", flush=True)
 
 
 # --- all of them ---
@@ -270,7 +276,6 @@ def run_chain(options: argparse.Namespace, notebooks: Path, known: dict[str, Sta
         f"profile {profile.name} ({profile.description}), seed {run.seed}, model {profile.model}, data {profile.data}"
     )
     preflight(run)
-    print(describe_machine(profile.name), flush=True)
     with lock_workspace(run):
         run_stages(run, selected, notebooks, known, options)
 
@@ -313,8 +318,9 @@ def run_stages(run: Run, selected: list[Stage], notebooks: Path, known, options)
     def is_due(stage: Stage) -> bool:
         return options.force or freshness.state(run, stage, notebooks, known) != "fresh"
 
-    if options.jobs > 1:
-        compute_cells(run, options, list(filter(is_due, selected)))
+    due = list(filter(is_due, selected))
+    if due:
+        compute_cells(run, options, due, options.jobs or grid.automatic_jobs())
     copies = {notebooks / f"{stage.name}.ipynb": failed_copy(run, stage) for stage in selected}
     with execution.Kernels(copies) as kernels:
         for stage in selected:

@@ -55,6 +55,8 @@ def kernel_environment() -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # As in the processes that compute: a second thread gains little here, and the results are the same bits.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         # Libraries that want a widget for their bars say so in the first cell that imports them.
         "PYTHONWARNINGS": "ignore:IProgress not found",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",

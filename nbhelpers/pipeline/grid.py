@@ -1,10 +1,13 @@
 """The cells of a run (``study.cells``), several at a time, in processes of one thread each, or one per command.
 
+One thread each, since models this small gain little from a second one, and lose most of their speed where it has to
+wait for a core that something else is using.
+
     python -m nbhelpers.pipeline.grid --profile P --seed N --jobs 2      all cells, two at a time, on this machine
     python -m nbhelpers.pipeline.grid --profile P --seed N --list        one command per cell, for a cluster's queue
     python -m nbhelpers.pipeline.grid --profile P --seed N --cell NAME   one of them
 
-``./run_all.sh --jobs N`` computes the cells of the notebooks that it is about to run.
+``./run_all.sh`` computes the cells of the notebooks that it is about to run, in as many processes as there are cores.
 """
 
 import argparse
@@ -15,23 +18,28 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 
+import psutil
 import torch
 import transformers
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
-from tqdm import tqdm
 
 from nbhelpers.models import ModelError, check_model
 from nbhelpers.profiles import ProfileError, get_profile, overrides_of
 from nbhelpers.reading import DataError
-from nbhelpers.study.cells import STAGES, phases, run_cell
+from nbhelpers.study.cells import STAGES, Cell, phases, run_cell
 from nbhelpers.study.inputs import reviews_of
+from nbhelpers.study.work import Rates, measure_rates
+from nbhelpers.system.machine import cores
+from nbhelpers.system.progress import progress
 from nbhelpers.training import distributed, mixed_precision
 from nbhelpers.training.distributed import ProcessError
 from nbhelpers.workspace import Run, WorkspaceError, open_run
 
+MEMORY = 3 * 2**30  # bytes that a process of the mini model may need
 # What ends a command with its message alone: each says what was wrong and what would be right.
 CLEAR_ERRORS = (ProfileError, DataError, ModelError, WorkspaceError, OSError, FloatingPointError, MemoryError)
 
@@ -94,22 +102,39 @@ def in_parallel(function, arguments: list[tuple], jobs: int, precision: str):
             raise GridError("a process of the grid died; out of memory? Fewer jobs at once need less") from error
 
 
-def run_grid(run: Run, jobs: int, notebooks: set[str] | None = None) -> None:
-    """Compute the cells of these notebooks (of all, by default), ``jobs`` at a time, and print a line for each.
+def automatic_jobs() -> int:
+    """Return how many processes compute at a time: one per core, as far as the memory reaches, and one for a GPU."""
+    if torch.cuda.is_available():
+        return 1
+    return max(1, min(cores(), psutil.virtual_memory().available // MEMORY))
+
+
+def measure_speed(run: Run, jobs: int) -> Rates:
+    """Return the rates of each of so many processes while all of them compute."""
+    found = list(in_parallel(measure_rates, [(run,)] * jobs, jobs, run.profile.precision))
+    return Rates(*(sum(getattr(rates, kind) for rates in found) / jobs for kind in ("trained", "judged")))
+
+
+def seconds_of(phase: list[Cell], rates: Rates, jobs: int) -> float:
+    """Return how long so many processes take over the cells of a phase."""
+    seconds = [cell.work.seconds(rates) for cell in phase]
+    return max(sum(seconds) / jobs, *seconds)
+
+
+def run_grid(run: Run, jobs: int, notebooks: set[str] | None = None, rates: Rates | None = None) -> Iterator[str]:
+    """Compute the cells of these notebooks (of all, by default), ``jobs`` at a time; yield a line for each that ends.
 
     What is there already is found, so an interrupted grid goes on where it stopped. The first failure is raised as
-    ``GridError``; what was computed until then is kept.
+    ``GridError``; what was computed until then is kept. A bar counts what the cells take at some rates.
     """
-    started, every = time.time(), phases(run, notebooks)
-    # The lines are enough where nobody sees a bar move.
-    options = {"total": sum(map(len, every)), "desc": "cells", "leave": False, "disable": not sys.stderr.isatty()}
-    with tqdm(**options) as bar:
+    started, every, rates = time.time(), phases(run, notebooks), rates or Rates(1.0, 3.0)
+    work = {cell.name: cell.work.seconds(rates) for phase in every for cell in phase}
+    with progress(sum(work.values()), f"{len(work)} computations, {jobs} at a time") as bar:
         for phase in every:
             cells = [(run, cell.name) for cell in phase]
             for name, seconds in in_parallel(run_timed, cells, jobs, run.profile.precision):
-                bar.write(f"{(time.time() - started) / 60:7.1f} min  {name:32} {seconds:7.1f} s", file=sys.stdout)
-                bar.update()
-                sys.stdout.flush()
+                bar.update(work[name])
+                yield f"{(time.time() - started) / 60:7.1f} min  {name:32} {seconds:7.1f} s"
     if jobs > 1:
         get_reusable_executor().shutdown()  # idle workers would keep their memory
 
@@ -183,7 +208,8 @@ def main(arguments: list[str] | None = None) -> None:
         if options.cell:
             print("{} {:.1f} s".format(*run_timed(run, options.cell)))
         else:
-            run_grid(run, options.jobs)
+            for line in run_grid(run, options.jobs):
+                print(line, flush=True)
     except (*CLEAR_ERRORS, GridError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

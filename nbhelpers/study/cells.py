@@ -22,10 +22,12 @@ from nbhelpers.study.pruning import pruned_logits, pruners
 from nbhelpers.study.recovery import (
     ARMS,
     PARTS,
+    SCAN_SHARE,
     budget_lengths,
     budget_seeds,
     choose_score,
     extend_arm,
+    full_steps,
     recover_all,
     recover_model,
     recovered_names,
@@ -41,6 +43,7 @@ from nbhelpers.study.students import (
     compress_student,
     distil_all,
     distil_variant,
+    epoch_steps,
     scan_distillation,
     scan_student,
     scan_trials,
@@ -49,6 +52,7 @@ from nbhelpers.study.students import (
     student_variants,
 )
 from nbhelpers.study.teacher import taught_splits, teacher_logits
+from nbhelpers.study.work import Amounts, Work
 from nbhelpers.workspace import Run, WorkspaceError
 
 # --- what a cell computes, where it is more than one call ---
@@ -78,9 +82,9 @@ def take_out(run: Run, sparsity: float) -> None:
         recover_model(run, best_score(run), sparsity, "structured", "structures")
 
 
-def evaluate_recovered(run: Run, seed_run: Run, criterion: str) -> None:
+def evaluate_recovered(seed_run: Run, criterion: str) -> None:
     """Evaluate a seed's recovered models of one score on the test reviews."""
-    for (score, _), name in recovered_names(run).items():
+    for (score, _), name in recovered_names(seed_run).items():
         if score == criterion:
             answers_right(seed_run, name, "test")
 
@@ -93,83 +97,130 @@ def evaluate_dense(seed_run: Run) -> None:
 
 # --- the cells of a run ---
 
+NOTHING = Work()
+
 
 @dataclass(frozen=True)
 class Cell:
-    """One computation: its name, the notebook that would compute it otherwise, and the function that does it."""
+    """One computation: its name, the notebook that would compute it otherwise, the function, and what it takes."""
 
     name: str
     notebook: str
     compute: Callable[[], object]
+    work: Work = NOTHING
+
+
+def recovery_cells(run: Run, amounts: Amounts) -> tuple[list[Cell], list[Cell]]:
+    """Return the cells that train dense models further: those before the best score is decided, and those after."""
+    profile, seeds, first = run.profile, runs_of(run), run.seed
+
+    def work(steps: int) -> Work:
+        return amounts.train(steps or full_steps(run), profile.batch_size) + amounts.judge("validation")
+
+    def cell(name: str, compute: Callable, steps: int = 0, notebook: str = "03") -> Cell:
+        return Cell(name, notebook, compute, work(steps))
+
+    before = [cell(f"control-{s.seed}", lambda s=s: train_control(s)) for s in seeds]
+    before += [
+        cell(f"recover-{s.seed}-{c}-{share:g}", lambda s=s, c=c, share=share: recover_model(s, c, share))
+        for s in seeds
+        for c, share in recoveries(profile)
+    ]
+    after = [
+        cell(f"part-{s.seed}-{part}", lambda s=s, part=part: recover_part(run, s, part))
+        for s in seeds
+        for part in PARTS
+        if part != profile.recipe
+    ]
+    after += [
+        cell(f"budget-{s.seed}-{arm}-{steps}", lambda s=s, arm=arm, n=steps: extend_arm(run, s, arm, n), steps)
+        for steps in budget_lengths(run)
+        if steps
+        for s in budget_seeds(run, steps)
+        for arm in ARMS
+    ]
+    after += [
+        cell(f"structured-{first}-{share:g}", lambda share=share: take_out(run, share))
+        for share in profile.structured_sparsities
+    ]
+    after += [cell(f"structured-{s.seed}", lambda s=s: extend_arm(run, s, "structured", 0)) for s in seeds[1:]]
+    blocks = lambda: block_model(run, best_score(run), profile.main_sparsity)  # noqa: E731
+    return before, [*after, cell(f"blocks-{first}", blocks, notebook="04")]
+
+
+def student_cells(run: Run, amounts: Amounts) -> tuple[list[Cell], list[Cell]]:
+    """Return the cells of the students, and those that compress them."""
+    profile, first = run.profile, run.seed
+
+    def work(steps: int, layers: int) -> Work:
+        return amounts.train(steps, profile.distill_batch_size, layers) + amounts.judge("validation", layers=layers)
+
+    shapes = {shape: parts.get("layers", 0) for shape, parts in student_shapes(profile).items()}
+    steps = {"direct": epoch_steps(run, profile.distill_epochs + profile.compress_epochs)}
+    students = [
+        Cell(
+            f"student-{first}-{variant}-{shape}",
+            "05",
+            lambda v=variant, shape=shape: distil_variant(run, v, shape),
+            work(steps.get(variant, epoch_steps(run, profile.distill_epochs)), shapes[shape]),
+        )
+        for variant, shape in student_variants(profile)
+    ]
+    compressed = [
+        Cell(
+            f"compress-{first}-{shape}",
+            "05",
+            lambda shape=shape: compress_student(run, shape),
+            work(epoch_steps(run, profile.compress_epochs), layers),
+        )
+        for shape, layers in shapes.items()
+    ]
+    return students, compressed
 
 
 def phases(run: Run, notebooks: set[str] | None = None) -> list[list[Cell]]:
     """Return the cells of a run, phase by phase; only those of some notebooks ("03"), where these are given."""
-    profile, seeds = run.profile, runs_of(run)
-    first = run.seed
+    profile, seeds, first, amounts = run.profile, runs_of(run), run.seed, Amounts(run)
+    validation, test = amounts.judge("validation"), amounts.judge("test")
+    recovered, further = recovery_cells(run, amounts)
+    students, compressed = student_cells(run, amounts)
 
-    def of_seeds(word: str, notebook: str, function: Callable[[Run], object]) -> list[Cell]:
-        return [Cell(f"{word}-{s.seed}", notebook, lambda s=s: function(s)) for s in seeds]
+    def of_seeds(word: str, notebook: str, function: Callable[[Run], object], work: Work) -> list[Cell]:
+        return [Cell(f"{word}-{s.seed}", notebook, lambda s=s: function(s), work) for s in seeds]
 
-    def of_scores(word: str, notebook: str, names: tuple[str, ...], function: Callable) -> list[Cell]:
-        return [Cell(f"{word}-{s.seed}-{c}", notebook, lambda s=s, c=c: function(s, c)) for s in seeds for c in names]
+    def of_names(word: str, notebook: str, names: tuple[str, ...], function: Callable, work: Work) -> list[Cell]:
+        return [
+            Cell(f"{word}-{s.seed}-{name}", notebook, lambda s=s, name=name: function(s, name), work)
+            for s in seeds
+            for name in names
+        ]
 
+    fine_tuning = Work(amounts.tokens["train"]) + validation
+    # Reviews of the calibration pass are read one by one, which takes twice as long.
+    scoring = amounts.train(2 * profile.calibration_reviews, 1) + amounts.judge("train", "transfer", "validation")
+    short = amounts.train(max(2, full_steps(run) // SCAN_SHARE), profile.batch_size) + validation
+    trial = amounts.train(profile.scan_steps, profile.distill_batch_size, profile.student_layers[0])
+    kept = len([share for score, share in recoveries(profile) if score == "magnitude"])
     every = [
-        of_seeds("finetune", "01", finetune_model),
-        of_seeds("score", "02", score_seed),
+        of_seeds("finetune", "01", finetune_model, fine_tuning * profile.epochs),
+        of_seeds("score", "02", score_seed, scoring),
         [
-            *of_scores("rates", "03", ("pruned", "control"), scan_rates),
-            *of_scores("prune", "03", pruners(profile), pruned_logits),
+            *of_names("rates", "03", ("pruned", "control"), scan_rates, short * len(profile.recovery_learning_rates)),
+            *of_names("prune", "03", pruners(profile), pruned_logits, validation * len(profile.sparsities)),
             *(
-                Cell(f"scan-{first}-{a:g}-{t:g}", "05", lambda a=a, t=t: scan_student(run, a, t))
+                Cell(f"scan-{first}-{a:g}-{t:g}", "05", lambda a=a, t=t: scan_student(run, a, t), trial)
                 for a, t in scan_trials(profile)
             ),
         ],
         [Cell("choose-distillation", "05", lambda: scan_distillation(run))],
-        [
-            *of_seeds("control", "03", train_control),
-            *(
-                Cell(f"recover-{s.seed}-{c}-{share:g}", "03", lambda s=s, c=c, share=share: recover_model(s, c, share))
-                for s in seeds
-                for c, share in recoveries(profile)
-            ),
-            *(
-                Cell(
-                    f"student-{first}-{v}-{n}",
-                    "05",
-                    lambda v=v, n=n: distil_variant(run, v, n),
-                )
-                for v, n in student_variants(profile)
-            ),
-        ],
+        [*recovered, *students],
         [Cell("choose-score", "03", lambda: choose_score(run))],
-        [
-            *of_scores(
-                "part", "03", [part for part in PARTS if part != profile.recipe], lambda s, p: recover_part(run, s, p)
-            ),
-            *(
-                Cell(f"budget-{s.seed}-{arm}-{steps}", "03", lambda s=s, arm=arm, n=steps: extend_arm(run, s, arm, n))
-                for steps in budget_lengths(run)
-                if steps
-                for s in budget_seeds(run, steps)
-                for arm in ARMS
-            ),
-            *(
-                Cell(f"structured-{first}-{share:g}", "03", lambda share=share: take_out(run, share))
-                for share in profile.structured_sparsities
-            ),
-            *(Cell(f"structured-{s.seed}", "03", lambda s=s: extend_arm(run, s, "structured", 0)) for s in seeds[1:]),
-            Cell(f"blocks-{first}", "04", lambda: block_model(run, best_score(run), profile.main_sparsity)),
-            *(
-                Cell(f"compress-{first}-{n}", "05", lambda n=n: compress_student(run, n))
-                for n in student_shapes(profile)
-            ),
-        ],
+        [*further, *compressed],
         [Cell("choose-compressed", "05", lambda: choose_compressed(run))],
         [Cell("open-test", "06", lambda: open_test_part(run))],
         [
-            *of_seeds("evaluate-dense", "06", evaluate_dense),
-            *of_scores("evaluate", "06", profile.scores, lambda s, c: evaluate_recovered(run, s, c)),
+            *of_seeds("evaluate-dense", "06", evaluate_dense, test * len(LINES)),
+            *of_names("evaluate", "06", profile.scores, evaluate_recovered, test * kept),
         ],
     ]
     wanted = [[cell for cell in phase if notebooks is None or cell.notebook in notebooks] for phase in every]

@@ -34,7 +34,7 @@ from nbhelpers.study.artefacts import (
     write_history,
 )
 from nbhelpers.study.choices import decide, distillation_scales
-from nbhelpers.study.inputs import TRAIN_FIELDS, dataset, pick, reviews_fingerprint
+from nbhelpers.study.inputs import TRAIN_FIELDS, dataset, pick, reviews_fingerprint, reviews_of
 from nbhelpers.study.predictions import validation_accuracy, validator
 from nbhelpers.study.recovery import chooser, gradual_keeper, rescorer
 from nbhelpers.study.scoring import calibration_rows
@@ -103,7 +103,8 @@ def transfer_settings(run: Run, splits: tuple[str, ...]) -> dict:
 
 def epoch_steps(run: Run, epochs: int) -> int:
     """Return the optimizer steps of so many passes over all reviews that students learn from."""
-    count = sum(len(dataset(run, split)) for split in taught_splits(run))
+    reviews = reviews_of(run.profile, run.seed)
+    count = sum(len(reviews[split]) for split in taught_splits(run))
     return epochs * math.ceil(count / run.profile.distill_batch_size)
 
 

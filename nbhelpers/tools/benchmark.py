@@ -41,7 +41,7 @@ from nbhelpers.criteria import merge_scores
 from nbhelpers.data import IMDbDataset, load_reviews
 from nbhelpers.evaluation import predict_logits
 from nbhelpers.masks import apply_masks
-from nbhelpers.measurement import by_model, compare_latency, compare_speed, peak_memory, speedups, with_threads
+from nbhelpers.measurement import by_model, compare_latency, compare_speed, peak_memory, speedups
 from nbhelpers.models import MINI, load_tokenizer, prunable_layers, prunable_weights
 from nbhelpers.profiles import get_profile
 from nbhelpers.selection import select
@@ -50,6 +50,7 @@ from nbhelpers.sparse.formats import BLOCK
 from nbhelpers.sparse.speed import SPARSITIES, TOKENS, compare_engines, machine_limits
 from nbhelpers.system.machine import versions
 from nbhelpers.training import Recipe, mixed_precision, train
+from nbhelpers.training.speed import with_threads
 
 MODELS = {"gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}}
 SHIPPED = json.loads((MINI / "config.json").read_text(encoding="utf-8"))

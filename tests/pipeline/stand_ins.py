@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
-from nbhelpers.pipeline import command, execution
+from nbhelpers.pipeline import command, execution, grid
 from nbhelpers.report.chapters import Stage
+from nbhelpers.study.work import Rates
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -72,7 +73,8 @@ def notebooks(workspace, tmp_path_factory, monkeypatch):
     write_notebook(folder, "01_first", FIRST)
     write_notebook(folder, "02_second", SECOND)
     monkeypatch.setattr(command, "preflight", lambda run: None)
-    monkeypatch.setattr(command, "measure_gflops", lambda: 100.0)
+    monkeypatch.setattr(grid, "measure_speed", lambda run, jobs: Rates(4000.0, 13000.0))
+    monkeypatch.setattr(grid, "automatic_jobs", lambda: 1)
     return folder
 
 

@@ -26,7 +26,7 @@ def test_a_run_writes_reports_and_one_line_per_notebook(call, workspace):
     done = call()
     assert (done.code, done.err) == (0, "")
     assert done.lines[0] == "profile smoke (as defined), seed 0, model tiny, data movie-reviews"
-    assert re.match(r"machine: \d+ cores, \d+ GiB of memory, 100 GFLOP/s .* about \d+ minutes here", done.lines[1])
+    assert re.match(r"machine: \d+ cores, \d+ GiB of memory; 1 at a time, each trains 4,000 and", done.lines[1])
     assert re.fullmatch(r"01_first +\d+\.\d min +\d+\.\d GB   1 figure, 1 table", done.lines[2])
     assert re.fullmatch(r"02_second +\d+\.\d min +\d+\.\d GB   1 table", done.lines[3])
     assert "index.html" in done.lines[5] and "jupyter lab notebooks/" in done.lines[-1]
@@ -38,9 +38,9 @@ def test_a_run_writes_reports_and_one_line_per_notebook(call, workspace):
 
 
 def test_overrides_and_seed_reach_the_notebook(call, workspace):
-    assert call("--seed", "2", "--set", "epochs=4", "--set", "data=a b.csv", "--only", "01").code == 0
+    assert call("--seed", "2", "--set", "epochs=4", "--set", "data_revision=a b", "--only", "01").code == 0
     line = (workspace / "reports" / "smoke-seed-2" / "runs.txt").read_text().strip()
-    assert line == "01_first epochs=4 'data=a b.csv'"
+    assert line == "01_first epochs=4 'data_revision=a b'"
 
 
 def test_only_and_from_choose_and_fresh_notebooks_are_skipped(call, runs):
@@ -65,19 +65,42 @@ def test_force_is_a_moment_that_ends_with_the_run(call, notebooks, workspace, mo
 # --- several jobs ---
 
 
-def test_jobs_compute_the_cells_of_stale_notebooks_first(call, workspace, monkeypatch):
+def test_the_cells_of_stale_notebooks_are_computed_first_and_the_time_is_said(call, workspace, monkeypatch):
     computed = []
-    monkeypatch.setattr(grid, "run_grid", lambda run, jobs, notebooks: computed.append((jobs, notebooks)))
-    done = call("--jobs", "3", "--set", "epochs=2")
+
+    def run_grid(run, jobs, notebooks, rates):
+        computed.append((jobs, notebooks))
+        return iter(["a line"])
+
+    monkeypatch.setattr(grid, "run_grid", run_grid)
+    done = call("--jobs", "3", "--set", "epochs=200")
     assert (done.code, done.err, computed) == (0, "", [(3, {"01", "02"})])
-    assert done.lines[2] == "4 heavy computations first, 3 at a time; the notebooks then find them"
+    run = open_run(get_profile("smoke", epochs=200))
+    work = [[cell.work for cell in phase] for phase in grid.phases(run, {"01", "02"})]
+    # Two seeds and three processes: each phase lasts as long as one of its cells.
+    seconds = sum(phase[0].trained / 4000 + phase[0].judged / 13000 for phase in work) + 25 + 20
+    assert re.fullmatch(r"machine: .*; 3 at a time, each trains 4,000 and judges 13,000 tokens .*", done.lines[1])
+    assert done.lines[1].endswith(f": about {round(seconds / 60)} minutes")
+    assert re.fullmatch(r"computations +0\.0 min; about 1 minute left", done.lines[2])
     (workspace / "reports" / "smoke" / "tables" / "second.csv").unlink()
-    call("--jobs", "3", "--set", "epochs=2")
+    call("--jobs", "3", "--set", "epochs=200")
     assert computed[1:] == [(3, {"02"})]
-    done = call("--jobs", "3", "--set", "epochs=2")
-    assert done.code == 0 and "heavy" not in done.out and len(computed) == 2, "all is fresh: no cell"
-    call("--jobs", "3", "--set", "epochs=2", "--force")
+    done = call("--jobs", "3", "--set", "epochs=200")
+    assert done.code == 0 and "computations" not in done.out and len(computed) == 2, "all is fresh: no cell"
+    call("--jobs", "3", "--set", "epochs=200", "--force")
     assert computed[2:] == [(3, {"01", "02"})], "forced: all cells"
+    call("--set", "epochs=200", "--force")
+    assert len(computed) == 3, "one process: the notebooks compute as they go"
+
+
+def test_as_many_processes_compute_as_there_are_cores_and_memory_for(monkeypatch):
+    monkeypatch.setattr(grid, "cores", lambda: 8)
+    monkeypatch.setattr(grid.torch.cuda, "is_available", lambda: False)
+    for gigabytes, jobs in ((64, 8), (14, 4), (1, 1)):
+        monkeypatch.setattr(grid.psutil, "virtual_memory", lambda g=gigabytes: Mock(available=g * 2**30))
+        assert grid.automatic_jobs() == jobs
+    monkeypatch.setattr(grid.torch.cuda, "is_available", lambda: True)
+    assert grid.automatic_jobs() == 1, "they would share the GPU"
 
 
 @pytest.mark.parametrize(
@@ -98,14 +121,14 @@ def test_a_grid_that_fails_says_how_to_go_on(call, monkeypatch, error, code, sai
 
 
 def test_a_failure_stops_with_name_cell_error_and_the_way_to_go_on(call, workspace, notebooks):
-    options = ("--set", "epochs=4", "--set", "data=a b.csv")
+    options = ("--set", "epochs=4", "--set", "data_revision=a b")
     write_notebook(notebooks, "01_first", "1 + 1", "raise KeyError('the matter')", FIRST)
     done = call(*options)
     assert done.code == 1 and "02_second" not in done.out
     first, second = done.err.splitlines()
     # In [1] sets the parameters, In [2] is the set-up.
     assert first == "error: 01_first, cell In [4]: KeyError: 'the matter'"
-    again = "./run_all.sh --profile smoke --set epochs=4 --set 'data=a b.csv' --from 01"
+    again = "./run_all.sh --profile smoke --set epochs=4 --set 'data_revision=a b' --from 01"
     assert second.endswith(f"01_first.ipynb; go on with: {again}")
     copy = Path(re.search(r"see (.*); go", second)[1])
     assert "Traceback" in copy.read_text()

@@ -48,10 +48,9 @@ def test_two_processes_leave_the_same_bits_as_one(workspace, tmp_path_factory, m
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run, numbers = open_small(), {"01", "02"}
     assert [[cell.name for cell in phase] for phase in cells.phases(run, numbers)] == CELLS
-    grid.run_grid(run, jobs=2, notebooks=numbers)
+    names = [line.split()[2] for line in grid.run_grid(run, jobs=2, notebooks=numbers)]
     out, err = capfd.readouterr()
-    names = [line.split()[2] for line in out.splitlines()]
-    assert err == "" and sorted(names[:2]) == CELLS[0] and sorted(names[2:]) == CELLS[1]
+    assert out == err == "" and sorted(names[:2]) == CELLS[0] and sorted(names[2:]) == CELLS[1]
     children = [" ".join(child.cmdline()) for child in psutil.Process().children()]
     assert not [line for line in children if "loky" in line and "resource_tracker" not in line]
     found = tensors_of(run)
@@ -68,7 +67,7 @@ def test_the_failed_cell_is_named(workspace):
     run = open_run(get_profile("smoke", **SETTINGS | {"seeds": "1"}))
     interrupt = signal.getsignal(signal.SIGINT)
     with pytest.raises(grid.GridError, match=r"cell score-0: WorkspaceError: fine_tuned is missing"):
-        grid.run_grid(run, jobs=1, notebooks={"02"})
+        list(grid.run_grid(run, jobs=1, notebooks={"02"}))
     assert signal.getsignal(signal.SIGINT) == interrupt, "one job is computed here, and Ctrl-C still ends it"
 
 

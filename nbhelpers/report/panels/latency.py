@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from nbhelpers.measurement import compare_speed, with_threads
+from nbhelpers.measurement import compare_speed
 from nbhelpers.report.panels.shared import blank, draw_ring, explore, slider
 from nbhelpers.report.style import COLORS, in_percent
 from nbhelpers.sparse import convert_to_sparse
 from nbhelpers.study import conversion, inputs, pruning
+from nbhelpers.training.speed import with_threads
 from nbhelpers.workspace import Run
 
 
