@@ -22,12 +22,15 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2ForSequenceClassification
 
 from nbhelpers.data import tokenize
 from nbhelpers.evaluation import predict_logits
 from nbhelpers.models import load_dense, load_tokenizer
 from nbhelpers.profiles import Profile
 from nbhelpers.reading import clean_text
+from nbhelpers.sparse import convert_to_sparse
+from nbhelpers.sparse.layers import sparse_layers
 from nbhelpers.sparse.storage import load_sparse
 from nbhelpers.system.code import code_fingerprint
 from nbhelpers.system.files import fingerprint, replace_folder, scratch_folder, sha256, write_text
@@ -216,7 +219,7 @@ class Run:
         return tokenize([clean_text(text) for text in texts], load_tokenizer(self.profile), self.profile)
 
     def inference_options(self, sparse: bool = False) -> dict:
-        """Return how ``predict_logits`` evaluates a model of this run everywhere: batch size and precision.
+        """Return how a model of this run is evaluated everywhere: batch size and precision.
 
         A dense model in the precision of training: in bfloat16, where the machine is faster at it, it takes half the
         time, and logits differ by about 0.01. The sparse engines compute in float32.
@@ -224,13 +227,23 @@ class Run:
         precision = "no" if sparse else distributed.broadcast(mixed_precision(self.profile.precision))
         return {"batch_size": self.profile.eval_batch_size, "precision": precision}
 
+    def judge(self, model: torch.nn.Module, rows: list[list[int]]) -> np.ndarray:
+        """Return the logits [n, 2] of a model on token id lists, computed as everywhere in this run.
+
+        In float32 on a CPU a GPT-2 is packed first (``sparse.gpt2``), since padding and the last block's unread tokens
+        take a quarter of the time; logits then differ by float32 rounding.
+        """
+        options = self.inference_options(sparse=bool(sparse_layers(model)))
+        plain = isinstance(model, GPT2ForSequenceClassification) and model.device.type == "cpu"
+        packed = convert_to_sparse(model, "dense") if plain and options["precision"] == "no" else model
+        return predict_logits(packed, rows, **options)
+
     def predict(self, name: str, texts: list[str]) -> np.ndarray:
         """Return P(positive) [n] of texts, with the run's own cleaning, tokenising, truncation and precision."""
-        sparse = self.artifact(name)["kind"] == "sparse"
+        model = self.load_model(name)
         # The precision is that of the device on which the tables were computed, too.
-        model = self.load_model(name) if sparse else self.load_model(name).to(distributed.device())
-        logits = predict_logits(model, self.encode(texts), **self.inference_options(sparse))
-        return torch.as_tensor(logits).softmax(-1)[:, 1].numpy()
+        model = model if sparse_layers(model) else model.to(distributed.device())
+        return torch.as_tensor(self.judge(model, self.encode(texts))).softmax(-1)[:, 1].numpy()
 
     # --- reports ---
 

@@ -11,8 +11,7 @@ import torch
 from filelock import FileLock
 from scipy.special import softmax
 
-from nbhelpers.evaluation import evaluate_accuracy, predict_logits
-from nbhelpers.study.artefacts import is_sparse, on_device
+from nbhelpers.study.artefacts import on_device
 from nbhelpers.study.inputs import dataset, pick, reviews_fingerprint, reviews_of, runs_of
 from nbhelpers.system.code import code_fingerprint
 from nbhelpers.system.files import fingerprint, write_text
@@ -106,8 +105,7 @@ def split_logits(run: Run, name: str, split: str) -> np.ndarray:
     check_declared(run, name, split)
 
     def build(target):
-        options = run.inference_options(sparse=is_sparse(run, name))
-        logits = predict_logits(on_device(run, name), dataset(run, split).input_ids, **options)
+        logits = run.judge(on_device(run, name), dataset(run, split).input_ids)
         save_tensors(target.folder, {"logits": torch.from_numpy(logits)})
 
     artefact = f"logits_{name}_{split}"
@@ -132,8 +130,9 @@ def validation_accuracy(run: Run, name: str) -> float:
 
 
 def validator(run: Run) -> Callable[[torch.nn.Module], float]:
-    """Return a function(model) -> validation accuracy, for ``train``."""
-    return lambda model: evaluate_accuracy(model, dataset(run, "validation"), **run.inference_options())
+    """Return a function(model) -> validation accuracy, for a model that is not saved yet."""
+    data = dataset(run, "validation")
+    return lambda model: float((run.judge(model, data.input_ids).argmax(1) == data.labels).mean())
 
 
 def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:

@@ -5,7 +5,7 @@ import pandas as pd
 import torch
 
 from nbhelpers import criteria, masks, selection
-from nbhelpers.evaluation import predict_logits, wilson_interval
+from nbhelpers.evaluation import wilson_interval
 from nbhelpers.models import prunable_weights, stored_in_out
 from nbhelpers.profiles import Profile
 from nbhelpers.study.artefacts import on_device
@@ -65,10 +65,8 @@ def pruned_logits(run: Run, pruner: str) -> np.ndarray:
             scores = scores_of(run, pruner)
             pruned = (prune_model(run, selection.select(scores, sparsity)) for sparsity in sparsities)
             models = (model.to(distributed.device()) for model in pruned)
-        rows, options = dataset(run, "validation").input_ids, run.inference_options()
-        save_tensors(
-            target.folder, {"logits": torch.from_numpy(np.stack([predict_logits(m, rows, **options) for m in models]))}
-        )
+        rows = dataset(run, "validation").input_ids
+        save_tensors(target.folder, {"logits": torch.from_numpy(np.stack([run.judge(m, rows) for m in models]))})
 
     inputs = ("fine_tuned", "calibration") if pruner == "sparsegpt" else ("fine_tuned", f"scores_{pruner}")
     calibrate_model(run) if pruner == "sparsegpt" else build_scores(run, (pruner,))

@@ -10,13 +10,13 @@ import pandas as pd
 import torch
 
 from nbhelpers import criteria, masks, selection
-from nbhelpers.evaluation import evaluate_accuracy, over_seeds
+from nbhelpers.evaluation import over_seeds
 from nbhelpers.models import has_structures, load_config, prunable_weights, structures
 from nbhelpers.profiles import DEFAULT_SCORES, Profile
 from nbhelpers.study.artefacts import model_name, on_device, save_trained
 from nbhelpers.study.choices import best_score, decide, recovery_rate
 from nbhelpers.study.inputs import TRAIN_FIELDS, dataset, pick, reviews_of, runs_of
-from nbhelpers.study.predictions import answers_right, right_over_seeds, validation_accuracy
+from nbhelpers.study.predictions import answers_right, right_over_seeds, validation_accuracy, validator
 from nbhelpers.study.pruning import curve_row
 from nbhelpers.study.scoring import build_scores, scores_of
 from nbhelpers.study.teacher import teacher_data_and_loss
@@ -183,14 +183,13 @@ def scan_rates(run: Run, name: str) -> pd.DataFrame:
     short = recovery_for(run, "rates", max(2, full_steps(run) // SCAN_SHARE))
 
     def build(target):
-        rows = []
+        rows, validate = [], validator(run)
         for rate in run.profile.recovery_learning_rates:
             if name == "control":
                 model, _ = control_in_place(run, short, rate, target)
             else:
                 model, *_ = recover_in_place(run, SCANNED, run.profile.main_sparsity, "weights", short, rate, target)
-            accuracy = evaluate_accuracy(model, dataset(run, "validation"), **run.inference_options())
-            rows.append({"name": name, "learning_rate": rate, "steps": short.steps, "accuracy": accuracy})
+            rows.append({"name": name, "learning_rate": rate, "steps": short.steps, "accuracy": validate(model)})
         (target.folder / RATES).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
     build_scores(run, (SCANNED,))

@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 
 from nbhelpers import criteria
-from nbhelpers.evaluation import evaluate_accuracy
 from nbhelpers.masks import sparsity_of
 from nbhelpers.models import (
     base_config,
@@ -34,7 +33,7 @@ from nbhelpers.study.artefacts import (
     write_history,
 )
 from nbhelpers.study.choices import decide, distillation_scales
-from nbhelpers.study.inputs import TRAIN_FIELDS, dataset, pick, reviews_fingerprint, reviews_of
+from nbhelpers.study.inputs import TRAIN_FIELDS, pick, reviews_fingerprint, reviews_of
 from nbhelpers.study.predictions import validation_accuracy, validator
 from nbhelpers.study.recovery import chooser, gradual_keeper, rescorer
 from nbhelpers.study.scoring import calibration_rows
@@ -257,8 +256,7 @@ def compress_student(run: Run, shape: str) -> pd.DataFrame:
         history = train(model, data, recipe, seed=run.seed, **options)
         keeper.finish()
         sparse = convert_to_sparse(model.cpu())
-        accuracy = evaluate_accuracy(sparse, dataset(run, "validation"), **run.inference_options(sparse=True))
-        before = ("pruned, low-rank embedding", accuracy, sparse_bytes(sparse))
+        before = ("pruned, low-rank embedding", validator(run)(sparse), sparse_bytes(sparse))
         (target.folder / BEFORE).write_text(json.dumps(before), encoding="utf-8")
         save_sparse(quantize(sparse), target.folder)
         write_history(target.folder, history)

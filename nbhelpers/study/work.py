@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nbhelpers.evaluation import predict_logits
 from nbhelpers.models import base_config, create_model, load_tokenizer
 from nbhelpers.profiles import Profile
 from nbhelpers.study.inputs import reviews_of
@@ -81,5 +80,4 @@ def measure_rates(run: Run, seconds: float = 0.5) -> Rates:
     recipe, length = recipe_for(run.profile, "finetune"), max(1, round(Amounts(run).review))
     trained = recipe.batch_size * length / timed(seconds, training_step(model, recipe, length))
     rows = [[model.config.pad_token_id] * length] * run.profile.eval_batch_size
-    options = run.inference_options()
-    return Rates(trained, len(rows) * length / timed(seconds, lambda: predict_logits(model, rows, **options)))
+    return Rates(trained, len(rows) * length / timed(seconds, lambda: run.judge(model, rows)))

@@ -16,7 +16,6 @@ from nbhelpers.study import (
     conversion,
     fine_tuning,
     inputs,
-    predictions,
     pruning,
     recovery,
     scoring,
@@ -120,8 +119,7 @@ def test_a_second_call_finds_everything_and_computes_nothing(study, monkeypatch)
 
     for module in (fine_tuning, recovery, students):
         monkeypatch.setattr(module, "train", never)
-    for module in (predictions, pruning):
-        monkeypatch.setattr(module, "predict_logits", never)
+    monkeypatch.setattr(Run, "judge", never)
     for module in (pruning, scoring):
         monkeypatch.setattr(module, "calibrate", never)
     again = open_run(dataclasses.replace(study.run.profile), 0)

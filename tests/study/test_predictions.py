@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from nbhelpers import workspace as workspace_module
 from nbhelpers.data import load_reviews, tokenize
+from nbhelpers.evaluation import predict_logits
 from nbhelpers.models import load_tokenizer
 from nbhelpers.profiles import get_profile
-from nbhelpers.sparse import convert_to_sparse, save_sparse
+from nbhelpers.sparse import SparseGPT2ForSequenceClassification, convert_to_sparse, save_sparse
 from nbhelpers.study import comparison, fine_tuning, inputs, predictions
 from nbhelpers.workspace import Run, WorkspaceError, open_run
 
@@ -65,6 +67,24 @@ def test_models_are_evaluated_in_the_precision_of_training_and_sparse_engines_in
         np.testing.assert_allclose(chances[name], expected, atol=1e-6)
     # bfloat16 has 8 bits: the dense model differs from the same weights in float32.
     assert not np.allclose(chances["fine_tuned"], chances["sparse"], atol=1e-6)
+
+
+def test_in_float32_a_dense_model_is_judged_packed_with_the_logits_of_the_plain_path(study, monkeypatch):
+    run, seen = study.run, []
+    model, rows = run.load_model("fine_tuned"), inputs.dataset(study.run, "validation").input_ids
+    plain = predict_logits(model, rows, 32)
+    monkeypatch.setattr(
+        workspace_module, "predict_logits", lambda m, *a, **k: seen.append(m) or predict_logits(m, *a, **k)
+    )
+    found = run.judge(model, rows)
+    assert isinstance(seen[0], SparseGPT2ForSequenceClassification)
+    np.testing.assert_allclose(found, plain, atol=1e-5)
+    sparse = convert_to_sparse(model, "auto")
+    np.testing.assert_allclose(run.judge(sparse, rows), plain, atol=1e-5)
+    assert seen[1] is sparse, "it is packed already"
+    run = open_run(get_profile("smoke", precision="bf16"), 0)
+    run.judge(model, rows)
+    assert seen[2] is model, "packed, bfloat16 is no faster"
 
 
 def test_predict_cleans_its_texts_and_gives_the_same_in_any_batch(study):

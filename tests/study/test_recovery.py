@@ -90,7 +90,7 @@ def test_the_rate_that_is_best_after_a_sixth_of_the_steps_is_used_for_all(worksp
     run = open_run(get_profile("smoke", **fields))
     fine_tuning.finetune_model(run)
     for name, values in accuracy.items():
-        monkeypatch.setattr(recovery, "evaluate_accuracy", lambda *_, values=values, **__: values.pop(0))
+        monkeypatch.setattr(recovery, "validator", lambda _, values=values: lambda model: values.pop(0))
         assert recovery.scan_rates(run, name)["steps"].tolist() == [3, 3, 3]
     assert (choices.recovery_rate(run, "control"), choices.recovery_rate(run, "pruned")) == (1e-3, 1e-2)
     assert recovery.recover_model(run, "magnitude", 0.5)["steps"] == 18
