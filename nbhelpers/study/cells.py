@@ -11,11 +11,14 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
+from nbhelpers.models import load_config
 from nbhelpers.profiles import Profile
+from nbhelpers.study.baseline import COUNTING, tfidf_logits
 from nbhelpers.study.choices import best_score
 from nbhelpers.study.comparison import LINES, open_test_part
 from nbhelpers.study.conversion import block_model
 from nbhelpers.study.fine_tuning import finetune_model
+from nbhelpers.study.forgetting import read_as_language_models
 from nbhelpers.study.inputs import runs_of
 from nbhelpers.study.predictions import answers_right, split_logits
 from nbhelpers.study.pruning import pruned_logits, pruners
@@ -87,6 +90,12 @@ def evaluate_recovered(seed_run: Run, criterion: str) -> None:
     for (score, _), name in recovered_names(seed_run).items():
         if score == criterion:
             answers_right(seed_run, name, "test")
+
+
+def read_if_tied(seed_run: Run) -> None:
+    """Read a seed's models as language models, where their next-token head is their embedding."""
+    if load_config(seed_run.folder("fine_tuned")).tie_word_embeddings:
+        read_as_language_models(seed_run)
 
 
 def evaluate_dense(seed_run: Run) -> None:
@@ -200,10 +209,15 @@ def phases(run: Run, notebooks: set[str] | None = None) -> list[list[Cell]]:
     scoring = amounts.train(2 * profile.calibration_reviews, 1) + amounts.judge("train", "transfer", "validation")
     short = amounts.train(max(2, full_steps(run) // SCAN_SHARE), profile.batch_size) + validation
     trial = amounts.train(profile.scan_steps, profile.distill_batch_size, profile.student_layers[0])
+    # Texts of some 300 tokens, one by one and in float32, with a product for each token of the vocabulary.
+    unlearning = Work(judged=4 * 300 * 40 * (3 + 2 * len(profile.scores)))
     kept = len([share for score, share in recoveries(profile) if score == "magnitude"])
     every = [
         of_seeds("finetune", "01", finetune_model, fine_tuning * profile.epochs),
-        of_seeds("score", "02", score_seed, scoring),
+        [
+            *of_seeds("score", "02", score_seed, scoring),
+            Cell(f"tfidf-{first}", "01", lambda: tfidf_logits(run, "validation")),
+        ],
         [
             *of_names("rates", "03", ("pruned", "control"), scan_rates, short * len(profile.recovery_learning_rates)),
             *of_names("prune", "03", pruners(profile), pruned_logits, validation * len(profile.sparsities)),
@@ -221,6 +235,12 @@ def phases(run: Run, notebooks: set[str] | None = None) -> list[list[Cell]]:
         [
             *of_seeds("evaluate-dense", "06", evaluate_dense, test * len(LINES)),
             *of_names("evaluate", "06", profile.scores, evaluate_recovered, test * kept),
+            *(
+                Cell(f"evaluate-{first}-{name}", "06", lambda name=name: answers_right(run, name, "test"), test)
+                for name in student_names(profile)
+            ),
+            *(Cell(f"evaluate-{first}-{name}", "06", lambda n=name: tfidf_logits(run, "test", n)) for name in COUNTING),
+            *of_seeds("unlearned", "06", read_if_tied, unlearning),
         ],
     ]
     wanted = [[cell for cell in phase if notebooks is None or cell.notebook in notebooks] for phase in every]

@@ -5,6 +5,7 @@ A review is *forgotten* by a seed when the dense model of that seed is right and
 """
 
 import copy
+import json
 import math
 import re
 from functools import partial
@@ -21,41 +22,51 @@ from nbhelpers.evaluation import RESAMPLES, holm, wilson_interval
 from nbhelpers.models import ModelError, load_tokenizer
 from nbhelpers.study.artefacts import model_name
 from nbhelpers.study.comparison import LINES
-from nbhelpers.study.inputs import reviews_of, runs_of
+from nbhelpers.study.inputs import reviews_fingerprint, reviews_of, runs_of
 from nbhelpers.study.pruning import prune_model, pruned_masks
 from nbhelpers.system.progress import track
 from nbhelpers.training import distributed
 from nbhelpers.workspace import Run
 
-
-def prune_at(run: Run, criterion: str, sparsity: float) -> torch.nn.Module:
-    """Return the fine-tuned model right after pruning by a criterion."""
-    return prune_model(run, pruned_masks(run, criterion, sparsity))
+READ = "bits.json"  # what the models of a seed need per byte
 
 
-def unlearned(run: Run, count: int = 40) -> pd.DataFrame:
-    """Return the bits per byte of each model's body as a language model, one row per model, domain and seed.
+def read_as_language_models(run: Run, count: int = 20) -> pd.DataFrame:
+    """Artefact ``unlearned``: the bits per byte of each model's body of this seed as a language model.
 
-    On validation reviews and on text of another domain, ``count`` each, or as many as there are reviews;
-    "pruned_..." has not been recovered.
+    On validation reviews and on text of another domain, ``count`` each, or as many as there are reviews; of the
+    pretrained model, the fine-tuned one, its control, and for each score the model right after pruning ("pruned_...")
+    and the recovered one. Columns: model, domain, seed, bits_per_byte.
     """
-    main, tokenizer, scores = run.profile.main_sparsity, load_tokenizer(run.profile), run.profile.scores
-    reviews = reviews_of(run.profile, run.seed)["validation"]["text"][:]
-    count = min(count, len(reviews))
-    texts = {"reviews": reviews[:: len(reviews) // count][:count], "other": other_domain_texts(count)}
-    rows = []
-    for seed_run in runs_of(run):
-        recovered = [model_name("recovered", score, main) for score in scores]
+    main, scores = run.profile.main_sparsity, run.profile.scores
+    recovered = [model_name("recovered", score, main) for score in scores]
+
+    def build(target):
+        tokenizer = load_tokenizer(run.profile)
+        reviews = reviews_of(run.profile, run.seed)["validation"]["text"][:]
+        few = min(count, len(reviews))
+        texts = {"reviews": reviews[:: len(reviews) // few][:few], "other": other_domain_texts(few)}
         # One model at a time: a dozen of full size would not fit into every memory.
-        models = {name: partial(seed_run.load_model, name) for name in ("pretrained", *LINES)}
-        models |= {model_name("pruned", c, main): partial(prune_at, seed_run, c, main) for c in scores}
-        models |= {name: partial(seed_run.load_model, name) for name in recovered}
+        models = {name: partial(run.load_model, name) for name in ("pretrained", *LINES, *recovered)}
+        masks = {model_name("pruned", score, main): partial(pruned_masks, run, score, main) for score in scores}
+        models |= {name: lambda masked=masked: prune_model(run, masked()) for name, masked in masks.items()}
+        rows = []
         for name, load in track(models.items(), "reading as language models"):
             body = as_language_model(load().to(distributed.device())).eval()
             for domain, sample in texts.items():
                 bits = bits_per_byte(body, tokenizer, sample)
-                rows.append({"model": name, "domain": domain, "seed": seed_run.seed, "bits_per_byte": bits})
-    return pd.DataFrame(rows)
+                rows.append({"model": name, "domain": domain, "seed": run.seed, "bits_per_byte": bits})
+        (target.folder / READ).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+    settings = {"count": count, "main_sparsity": main, "reviews": reviews_fingerprint(run, "validation")}
+    scored = tuple(f"scores_{score}" for score in scores)
+    run.cached("unlearned", settings, build, ("pretrained", *LINES, *recovered, *scored), made_by="06")
+    return pd.DataFrame(json.loads((run.folder("unlearned") / READ).read_text(encoding="utf-8")))
+
+
+def unlearned(run: Run) -> pd.DataFrame:
+    """Return ``read_as_language_models`` of all seeds."""
+    return pd.concat([read_as_language_models(seed_run) for seed_run in runs_of(run)], ignore_index=True)
 
 
 NEGATIONS = re.compile(

@@ -21,7 +21,7 @@ from nbhelpers.workspace import Run, open_run
 SETTINGS = {"precision": "no", "sparsities": "0.9", "train_size": "16"}
 SET = [word for field, value in SETTINGS.items() for word in ("--set", f"{field}={value}")]
 # Two seeds of two cells that need each other, and what is cheap beside them.
-CELLS = [["finetune-0", "finetune-1"], ["score-0", "score-1"]]
+CELLS = [["finetune-0", "finetune-1"], ["score-0", "score-1", "tfidf-0"]]
 
 
 def open_small() -> Run:

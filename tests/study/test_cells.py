@@ -36,7 +36,7 @@ def test_cells_and_phases_of_smoke():
     budget = [f"budget-{seed}-{arm}-1" for seed in (0, 1) for arm in arms]
     assert names(cells.phases(open_small())) == [
         ["finetune-0", "finetune-1"],
-        ["score-0", "score-1"],
+        ["score-0", "score-1", "tfidf-0"],
         [*rates, *prunes, "scan-0-0.5-2"],
         ["choose-distillation"],
         ["control-0", "control-1", *(f"recover-{score}-0.9" for score in scores), *small],
@@ -44,13 +44,22 @@ def test_cells_and_phases_of_smoke():
         [*parts, *budget, "structured-0-0.5", "structured-1", "blocks-0", "compress-0-1", "compress-0-width_50"],
         ["choose-compressed"],
         ["open-test"],
-        ["evaluate-dense-0", "evaluate-dense-1", *(f"evaluate-{score}" for score in scores)],
+        [
+            "evaluate-dense-0",
+            "evaluate-dense-1",
+            *(f"evaluate-{score}" for score in scores),
+            *(f"evaluate-0-{name}" for name in students.student_names(open_small().profile)),
+            "evaluate-0-tfidf",
+            "evaluate-0-tfidf_taught",
+            "unlearned-0",
+            "unlearned-1",
+        ],
     ]
 
 
 def test_the_test_reviews_are_used_by_cells_of_the_last_notebook_only():
     run = open_small()
-    assert names(cells.phases(run, {"01"})) == [["finetune-0", "finetune-1"]]
+    assert names(cells.phases(run, {"01"})) == [["finetune-0", "finetune-1"], ["tfidf-0"]]
     assert cells.phases(run, set()) == []
     before = [name for phase in names(cells.phases(run, {"01", "02", "03", "04", "05"})) for name in phase]
     assert "open-test" not in before and not [name for name in before if name.startswith("evaluate")]

@@ -196,8 +196,10 @@ def test_the_merge_is_compared_with_every_other_score_at_each_sparsity_at_which_
 # --- language modelling that was unlearned ---
 
 
-def test_bits_per_byte_have_a_row_per_model_domain_and_seed(study):
-    table = forgetting.unlearned(study.run, count=2)
+def test_bits_per_byte_have_a_row_per_model_domain_and_seed(study, monkeypatch):
+    monkeypatch.setattr(forgetting, "other_domain_texts", lambda count: other_domain_texts(2))
+    monkeypatch.setattr(forgetting.read_as_language_models, "__defaults__", (2,))
+    table = forgetting.unlearned(study.run)
     assert list(table) == ["model", "domain", "seed", "bits_per_byte"]
     pruned = [f"{stage}_{score}_90" for score in SCORES for stage in ("pruned", "recovered")]
     names = ["pretrained", "fine_tuned", "fine_tuned_extra", *pruned]
