@@ -272,13 +272,18 @@ class Run:
         results["run"]["revision"] = revision()
         self.write_results(results)
 
-    def record_effort(self) -> None:
-        """Put on record what the artefacts of all seeds took to build: minutes of processes, in all and by device."""
+    def record_effort(self, **minutes_of: float) -> None:
+        """Put on record what the artefacts of all seeds took to build: minutes of processes, in all and by device.
+
+        minutes_of: other minutes, by names.
+        """
         runs, minutes = [Run(self.profile, self.seed + i) for i in range(self.profile.seeds)], {}
         for record in (record for run in runs for record in run.records()):
             device = computed_on(record)
             minutes[device] = minutes.get(device, 0.0) + record["seconds"] / 60
-        self.record("effort", process_minutes=sum(minutes.values()), cores=cores(), device_minutes=minutes)
+        self.record(
+            "effort", process_minutes=sum(minutes.values()), cores=cores(), device_minutes=minutes, **minutes_of
+        )
 
     def skip(self, reason: str, *names: str) -> None:
         """Say and put on record why promised figures, tables or metrics ("section.metric") do not apply to this run."""

@@ -335,7 +335,8 @@ def run_stages(run: Run, selected: list[Stage], notebooks: Path, known, options)
             except execution.NotebookError as error:
                 hint = f"see {short_path(failed_copy(run, stage))}; go on with: {go_on(options, stage, selected)}"
                 raise PipelineError(f"{stage.name}, {error}\n{hint}", code=1) from error
-            run.record_effort()
+            whole = len(due) == len(known) and stage == selected[-1]
+            run.record_effort(**({"run_minutes": (time.time() - started) / 60} if whole else {}))
             page.write_index(run, known)
     say_where(run, (time.time() - started) / 60)
 

@@ -100,7 +100,8 @@ def default_run(leader: Run) -> list[str]:
     table = comparison_table(run, IN_SHORT)
     if leader.profile.name == "quick" or not table:
         return []
-    about = f"The default run, {made_with(run, run.results())}, on your machine in minutes:"
+    took = run.results().get("effort", {}).get("run_minutes")
+    about = f"The default run, {made_with(run, run.results())}{f' and {in_time(took)} in all' if took else ''}:"
     return ["", "### The default run", "", about, "", *table]
 
 

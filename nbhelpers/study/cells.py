@@ -67,11 +67,15 @@ def scores_in(profile: Profile) -> tuple[str, ...]:
 
 
 def score_seed(seed_run: Run) -> None:
-    """Make all scores of a seed, and what later cells share: the dense model's logits."""
+    """Make all scores of a seed, and the dense model's logits that later cells share."""
     build_scores(seed_run, scores_in(seed_run.profile))
-    for split in taught_splits(seed_run):
-        teacher_logits(seed_run, split)
     split_logits(seed_run, "fine_tuned", "validation")
+
+
+def teach(seed_run: Run, split: str) -> None:
+    """Make the teacher's logits of a split, where there is such a split."""
+    if split in taught_splits(seed_run):
+        teacher_logits(seed_run, split)
 
 
 def recover_part(run: Run, seed_run: Run, part: str) -> None:
@@ -206,7 +210,7 @@ def phases(run: Run, notebooks: set[str] | None = None) -> list[list[Cell]]:
 
     fine_tuning = Work(amounts.tokens["train"]) + validation
     # Reviews of the calibration pass are read one by one, which takes twice as long.
-    scoring = amounts.train(2 * profile.calibration_reviews, 1) + amounts.judge("train", "transfer", "validation")
+    scoring = amounts.train(2 * profile.calibration_reviews, 1) + validation
     short = amounts.train(max(2, full_steps(run) // SCAN_SHARE), profile.batch_size) + validation
     trial = amounts.train(profile.scan_steps, profile.distill_batch_size, profile.student_layers[0])
     # Texts of some 300 tokens, one by one and in float32, with a product for each token of the vocabulary.
@@ -216,10 +220,18 @@ def phases(run: Run, notebooks: set[str] | None = None) -> list[list[Cell]]:
         of_seeds("finetune", "01", finetune_model, fine_tuning * profile.epochs),
         [
             *of_seeds("score", "02", score_seed, scoring),
+            *(
+                Cell(f"teach-{s.seed}-{split}", "02", lambda s=s, split=split: teach(s, split), amounts.judge(split))
+                for s in seeds
+                for split in ("train", "transfer")
+                if split in amounts.tokens
+            ),
             Cell(f"tfidf-{first}", "01", lambda: tfidf_logits(run, "validation")),
         ],
         [
-            *of_names("rates", "03", ("pruned", "control"), scan_rates, short * len(profile.recovery_learning_rates)),
+            *of_names(
+                "rates", "03", ("pruned", "control"), scan_rates, short * (1 + len(profile.recovery_learning_rates))
+            ),
             *of_names("prune", "03", pruners(profile), pruned_logits, validation * len(profile.sparsities)),
             *(
                 Cell(f"scan-{first}-{a:g}-{t:g}", "05", lambda a=a, t=t: scan_student(run, a, t), trial)
@@ -268,6 +280,8 @@ def score_all(run: Run) -> pd.DataFrame:
     rows = []
     for seed_run in runs_of(run):
         score_seed(seed_run)
+        for split in taught_splits(seed_run):
+            teacher_logits(seed_run, split)
         for name in scores_in(run.profile):
             scores = scores_of(seed_run, name).values()
             rows.append((seed_run.seed, name, min(map(torch.min, scores)).item(), max(map(torch.max, scores)).item()))

@@ -116,10 +116,15 @@ def row_sizes(run: Run, name: str, model: torch.nn.Module) -> dict:
     }
 
 
+def timed_as(name: str) -> str:
+    """Return the row that is timed for a row: pruned models on dense matrices compute what the fine-tuned one does."""
+    return LINES[0] if name.startswith(("recovered_", CONTROL)) else name
+
+
 def comparison_table(run: Run, names: list[str]) -> pd.DataFrame:
     """Return one row per model of the first seed; ``speedup`` and ``p_value`` are against the first.
 
-    ``speedup_packed`` is against the first model packed, measured in the same turns; ``train_steps`` and
+    ``speedup_packed`` is against the first model packed, measured in the same turns (``timed_as``); ``train_steps`` and
     ``train_tokens`` are what a model was trained since the fine-tuned model; ``p_value`` is that of
     ``paired_difference`` on all seeds that both models have.
     """
@@ -127,7 +132,8 @@ def comparison_table(run: Run, names: list[str]) -> pd.DataFrame:
     models = {name: load_row(run, name) for name in names}
     batch = latency_batch(run, run.profile.latency_batches[-1])
     packed = names[0] + PACKED
-    timed = models if packed in models else models | {packed: load_row(run, packed)}
+    timed = {name: model for name, model in models.items() if timed_as(name) == name}
+    timed |= {} if packed in models else {packed: load_row(run, packed)}
     cost = measure_inference_efficiency(timed, [batch], run.profile.latency_repeats).set_index("model")
     cost["speedup_packed"] = cost.loc[packed, "latency_ms"] / cost["latency_ms"]
     rows = []
@@ -135,7 +141,7 @@ def comparison_table(run: Run, names: list[str]) -> pd.DataFrame:
         quality = evaluate_model(row_logits(run, name), labels)
         quality.pop("n")
         p_value = paired_difference(correct[name], correct[names[0]])["p_value"]
-        sizes, times = row_sizes(run, name, model), cost.loc[name, COST].to_dict()
+        sizes, times = row_sizes(run, name, model), cost.loc[timed_as(name), COST].to_dict()
         rows.append({"model": name, **quality, **sizes, **times, "p_value": p_value})
     return pd.DataFrame(rows)
 

@@ -13,7 +13,7 @@ from nbhelpers.study.inputs import DATA_FIELDS, FINETUNE_FIELDS, MODEL_FIELDS, d
 from nbhelpers.study.predictions import validator
 from nbhelpers.training import recipe_for, train
 from nbhelpers.training.observers import FirstOrderMovement, FlaggedSets, GradientMagnitude
-from nbhelpers.training.speed import fastest_threads, with_threads
+from nbhelpers.training.timing import fastest_threads, with_threads
 from nbhelpers.workspace import Build, Run
 
 FLAGGED = "flagged.safetensors"  # beside the fine-tuned weights: what each criterion flagged along the way

@@ -177,14 +177,17 @@ def control_in_place(run: Run, recovery: Recovery, rate: float, target):
 def scan_rates(run: Run, name: str) -> pd.DataFrame:
     """Artefact ``rates_<name>``: short trainings with each learning rate; decides ``choice_rate_<name>``.
 
-    name: "pruned", for which ``SCANNED`` is recovered at the main sparsity, or "control", the dense model. Each is
-    trained for a sixth of a recovery. Returns one row per rate: name, learning_rate, steps, accuracy (validation).
+    name: "pruned", for which ``SCANNED`` is recovered at the main sparsity, or "control", the dense model, which may
+    also go on with the rate of its fine-tuning. Each is trained for a sixth of a recovery. Returns one row per rate:
+    name, learning_rate, steps, accuracy (validation).
     """
+    rates = run.profile.recovery_learning_rates
+    rates = tuple(sorted({run.profile.learning_rate, *rates})) if name == "control" else rates
     short = recovery_for(run, "rates", max(2, full_steps(run) // SCAN_SHARE))
 
     def build(target):
         rows, validate = [], validator(run)
-        for rate in run.profile.recovery_learning_rates:
+        for rate in rates:
             if name == "control":
                 model, _ = control_in_place(run, short, rate, target)
             else:
@@ -193,7 +196,7 @@ def scan_rates(run: Run, name: str) -> pd.DataFrame:
         (target.folder / RATES).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
     build_scores(run, (SCANNED,))
-    settings = pick(run.profile, *RECOVERY_FIELDS, "recovery_learning_rates", "main_sparsity", seed=run.seed)
+    settings = pick(run.profile, *RECOVERY_FIELDS, "main_sparsity", rates=rates, seed=run.seed)
     inputs = ("pretrained", "fine_tuned", f"scores_{SCANNED}")
     run.cached(f"rates_{name}", settings | dataclasses.asdict(short), build, inputs, made_by="03")
     table = pd.DataFrame(json.loads((run.folder(f"rates_{name}") / RATES).read_text(encoding="utf-8")))

@@ -9,7 +9,7 @@ from nbhelpers.models import base_config, create_model, load_tokenizer
 from nbhelpers.profiles import Profile
 from nbhelpers.study.inputs import reviews_of
 from nbhelpers.training import distributed, recipe_for
-from nbhelpers.training.speed import timed, training_step
+from nbhelpers.training.timing import timed, training_step
 from nbhelpers.workspace import Run
 
 CHARACTERS = 4.4  # per token, of English reviews and a vocabulary of 8,192

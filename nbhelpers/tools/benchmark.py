@@ -50,7 +50,7 @@ from nbhelpers.sparse.formats import BLOCK
 from nbhelpers.sparse.speed import SPARSITIES, TOKENS, compare_engines, machine_limits
 from nbhelpers.system.machine import versions
 from nbhelpers.training import Recipe, mixed_precision, train
-from nbhelpers.training.speed import with_threads
+from nbhelpers.training.timing import with_threads
 
 MODELS = {"gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}}
 SHIPPED = json.loads((MINI / "config.json").read_text(encoding="utf-8"))

@@ -26,7 +26,7 @@ from nbhelpers.profiles import get_profile
 from nbhelpers.study.work import Amounts, Rates, measure_rates
 from nbhelpers.system.machine import cores
 from nbhelpers.training import mixed_precision
-from nbhelpers.training.speed import timed, with_threads
+from nbhelpers.training.timing import timed, with_threads
 from nbhelpers.workspace import Run, open_run
 
 SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"

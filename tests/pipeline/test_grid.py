@@ -21,7 +21,8 @@ from nbhelpers.workspace import Run, open_run
 SETTINGS = {"precision": "no", "sparsities": "0.9", "train_size": "16"}
 SET = [word for field, value in SETTINGS.items() for word in ("--set", f"{field}={value}")]
 # Two seeds of two cells that need each other, and what is cheap beside them.
-CELLS = [["finetune-0", "finetune-1"], ["score-0", "score-1", "tfidf-0"]]
+TEACHING = ["teach-0-train", "teach-0-transfer", "teach-1-train", "teach-1-transfer"]
+CELLS = [["finetune-0", "finetune-1"], ["score-0", "score-1", *TEACHING, "tfidf-0"]]
 
 
 def open_small() -> Run:
@@ -101,7 +102,7 @@ def test_listed_commands_run_and_the_next_finds_what_the_last_left(workspace, ca
         grid.main(commands[names.index(name)][3:])
         assert capsys.readouterr().out.startswith(f"{name} ")
     made = {record["name"] for record in open_run(get_profile("smoke"), 1).records()}
-    assert {"fine_tuned", "scores_merged", "teacher_logits_train"} <= made
+    assert {"fine_tuned", "scores_merged", "logits_fine_tuned_validation"} <= made
 
 
 @pytest.mark.parametrize(

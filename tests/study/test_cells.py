@@ -32,11 +32,12 @@ def test_cells_and_phases_of_smoke():
     prunes = [f"prune-{seed}-{pruner}" for seed in (0, 1) for pruner in (*five, "wanda", "sparsegpt")]
     small = [f"student-0-{variant}-{n}" for variant, n in students.student_variants(open_small().profile)]
     parts = [f"part-{seed}-{part}" for seed in (0, 1) for part in ("labels", "taught", "hidden")]
+    teaching = [f"teach-{seed}-{split}" for seed in (0, 1) for split in ("train", "transfer")]
     arms = ("best", "merged", "structured", "control")
     budget = [f"budget-{seed}-{arm}-1" for seed in (0, 1) for arm in arms]
     assert names(cells.phases(open_small())) == [
         ["finetune-0", "finetune-1"],
-        ["score-0", "score-1", "tfidf-0"],
+        ["score-0", "score-1", *teaching, "tfidf-0"],
         [*rates, *prunes, "scan-0-0.5-2"],
         ["choose-distillation"],
         ["control-0", "control-1", *(f"recover-{score}-0.9" for score in scores), *small],

@@ -10,7 +10,7 @@ from nbhelpers.report.panels.shared import blank, draw_ring, explore, slider
 from nbhelpers.report.style import COLORS, in_percent
 from nbhelpers.sparse import convert_to_sparse
 from nbhelpers.study import conversion, inputs, pruning
-from nbhelpers.training.speed import with_threads
+from nbhelpers.training.timing import with_threads
 from nbhelpers.workspace import Run
 
 
