@@ -89,6 +89,11 @@ def take_out(run: Run, sparsity: float) -> None:
         recover_model(run, best_score(run), sparsity, "structured", "structures")
 
 
+def prune_blocks(run: Run) -> None:
+    """Recover the best score at the main sparsity in blocks of four."""
+    block_model(run, best_score(run), run.profile.main_sparsity)
+
+
 def evaluate_recovered(seed_run: Run, criterion: str) -> None:
     """Evaluate a seed's recovered models of one score on the test reviews."""
     for (score, _), name in recovered_names(seed_run).items():
@@ -157,8 +162,7 @@ def recovery_cells(run: Run, amounts: Amounts) -> tuple[list[Cell], list[Cell]]:
         for share in profile.structured_sparsities
     ]
     after += [cell(f"structured-{s.seed}", lambda s=s: extend_arm(run, s, "structured", 0)) for s in seeds[1:]]
-    blocks = lambda: block_model(run, best_score(run), profile.main_sparsity)  # noqa: E731
-    return before, [*after, cell(f"blocks-{first}", blocks, notebook="04")]
+    return before, [*after, cell(f"blocks-{first}", lambda: prune_blocks(run), notebook="04")]
 
 
 def student_cells(run: Run, amounts: Amounts) -> tuple[list[Cell], list[Cell]]:

@@ -69,7 +69,8 @@ def progress(total: int | None, description: str, done: int = 0) -> tqdm:
         return tqdm_notebook(mininterval=0.5, **options)
     if sys.stderr.isatty():
         return tqdm(mininterval=0.5, **options)
-    slow = options | ONE_LINE | {"delay": IN_LOGS if total else 0}
+    # One update at least: of several, tqdm's monitor would write a line again.
+    slow = options | ONE_LINE | {"delay": IN_LOGS if total else 0, "miniters": 1}
     return tqdm(file=Lines(sys.stderr), mininterval=IN_LOGS, bar_format=form, **slow)
 
 

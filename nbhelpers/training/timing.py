@@ -1,4 +1,4 @@
-"""How fast this machine trains a model, and with how many threads it does so fastest."""
+"""How long a step of training takes on this machine, and with how many threads training is fastest."""
 
 import contextlib
 import copy
@@ -49,7 +49,7 @@ def training_step(model: PreTrainedModel, recipe: Recipe, length: int) -> Callab
 
 
 def fastest_threads(model: PreTrainedModel, recipe: Recipe, length: int, seconds: float = 0.5) -> int:
-    """Return with how many threads a model trains fastest: one, or all cores where that is ``CLEARLY`` faster.
+    """Return the number of threads with which training is fastest: one, or all cores where that is ``CLEARLY`` faster.
 
     Measured on reviews of a length in tokens, for so many seconds with each. Beside other work on the machine, threads
     wait for each other in every product. On a GPU, and of several processes, the number stays as it is.
