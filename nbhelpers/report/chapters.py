@@ -118,8 +118,8 @@ STAGES = {
             ),
             tables=names("comparison significance calibration forgotten forgotten_associations unlearned"),
             metrics=names(
-                "test_reviews models dense control recovered sparse student compressed tfidf against_tfidf forgotten "
-                "test_part calibration",
+                "test_reviews models dense control recovered sparse student compressed tfidf tfidf_taught "
+                "against_tfidf forgotten test_part calibration",
                 prefix="comparison.",
             )
             + names(
